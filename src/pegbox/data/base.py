@@ -1,0 +1,43 @@
+"""Data policies: which examples, in what form and order. A policy acts at four places, each optional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pegbox.parts.component import Axis, Component
+from pegbox.parts.context import Context
+from pegbox.parts.view import Batch
+
+__all__ = ["DATA", "DataPolicy"]
+
+
+class DataPolicy(Component):
+    """Acts on the whole set (`prepare`), on the order (`sampler`), on a batch (`on_batch`), on outcomes (`observe`)."""
+
+    changes_labels: ClassVar[bool] = False
+    training_only: ClassVar[bool] = True  # not applied in evaluation
+
+    def setup(self, ctx: Context) -> Any:
+        """Mutable state, or None."""
+        return None
+
+    def prepare(self, dataset: Sequence[dict[str, Any]], ctx: Context) -> Sequence[dict[str, Any]]:
+        """Filter, add or rewrite encoded examples before training."""
+        return dataset
+
+    def sampler(self, state: Any, dataset: Sequence[dict[str, Any]], ctx: Context) -> Any | None:
+        """A torch Sampler over `dataset`, or None for the engine's seeded shuffle."""
+        return None
+
+    def on_batch(self, state: Any, batch: Batch, ctx: Context) -> Batch:
+        """Change a collated batch on its device, right before the reference and the forward."""
+        return batch
+
+    def observe(self, state: Any, sample_ids: Tensor, outcomes: dict[str, Tensor]) -> None:
+        """Told of each sample's loss after a step."""
+
+
+DATA: Axis[DataPolicy] = Axis("data", DataPolicy, "pegbox.data.policies")

@@ -1,0 +1,56 @@
+"""What the engine tells a component when it sets it up: the model, the clock and where randomness comes from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Context", "seed_of"]
+
+
+def seed_of(seed: int, *names: object) -> int:
+    """A 63-bit seed derived from `seed` and names: independent streams that never depend on the order of use."""
+    text = "\x1f".join([str(seed), *(str(name) for name in names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@dataclass
+class Context:
+    """Handed to `setup`, `prepare` and `on_batch`.
+
+    Args:
+        model: the model as trained (tuner attached), or the bare base before one is attached.
+        seed: the run's seed; draw through `generator`, never from a global one.
+        total_steps: optimizer steps of this stage (0 where nothing trains).
+        step: finished optimizer steps, a live reading of the trainer's own counter.
+        tokenizer: the text tokenizer or processor, if the task has one.
+        reference: a context manager under which `model` answers as it did before tuning (adapter off), or None when
+            no such view exists and a frozen copy has to be loaded.
+        roles: other models of the run by role ("teacher", "reward"), loaded on first use.
+    """
+
+    model: nn.Module
+    seed: int = 0
+    total_steps: int = 0
+    step: Callable[[], int] = lambda: 0
+    tokenizer: Any = None
+    reference: Callable[[], AbstractContextManager[Any]] | None = None
+    roles: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def generator(self, *names: object, device: str | torch.device = "cpu") -> torch.Generator:
+        """A fresh generator for the stream called `names`."""
+        return torch.Generator(device=device).manual_seed(seed_of(self.seed, *names))
+
+    def as_reference(self) -> AbstractContextManager[Any]:
+        """The reference view as a context; does nothing where the model is already the base."""
+        return self.reference() if self.reference is not None else nullcontext()

@@ -1,0 +1,67 @@
+"""Protocols: what a run is made of. A protocol trains and evaluates only through the runner it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+from typing import Protocol as TypingProtocol
+
+from pegbox.parts.component import Axis, Component
+from pegbox.parts.results import Cost, Measurement, Metrics
+
+__all__ = ["BASE", "PROTOCOL", "ModelRef", "Protocol", "Runner", "StageResult"]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model by where it stands in the run: the bare base, or a stage's start or end."""
+
+    stage: str | None = None  # None: the base
+    point: str = "end"  # start | end
+
+
+BASE = ModelRef()
+
+
+@dataclass
+class StageResult:
+    """What a stage left: its artefact folder, its cost, and whatever it collected."""
+
+    name: str
+    folder: Path
+    start: ModelRef
+    end: ModelRef
+    cost: Cost = field(default_factory=Cost)
+    collected: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+class Runner(TypingProtocol):
+    """What a protocol may do. Stages are cached by the hash of what they are made of, and resumable."""
+
+    def stage(self, patch: Mapping[str, Any], *, start: ModelRef = BASE, name: str) -> StageResult:
+        """Run one stage: the recipe with `patch` laid over it, from `start`.
+
+        `patch["do"]` is "train" (default), "apply" (weight operations only) or "collect" (statistics only);
+        `patch["data"]` names another data source, `patch["use"]` an earlier stage's selection.
+        """
+
+    def evaluate(self, ref: ModelRef, suite: str) -> Measurement:
+        """Score a model on a suite ("target", "retention", or a task's name)."""
+
+    def generate(self, ref: ModelRef, messages: list[list[dict[str, Any]]]) -> list[str]:
+        """Greedy answers of a model."""
+
+
+class Protocol(Component):
+    """The story of a run, told in calls to the runner."""
+
+    trains: ClassVar[bool] = True
+
+    def run(self, runner: Runner) -> Metrics:
+        raise NotImplementedError
+
+
+PROTOCOL: Axis[Protocol] = Axis("protocol", Protocol, "pegbox.protocols", default="single")
