@@ -1,0 +1,180 @@
+"""Which compositions can be right: one pure function over what the parts of a recipe declare.
+
+Each rule is a small function that returns a reason, or None. A rule speaks of capabilities, never of a method's name.
+All reasons are collected, so that a user sees every fault at once, before a weight is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pegbox.errors import Unsupported
+from pegbox.recipe import Recipe
+
+__all__ = ["Facts", "check", "refusals"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the run before anything is loaded.
+
+    quantized: the base's weights are stored packed. sharded: each process holds a part of each weight (FSDP).
+    offloaded: weights are moved in for each forward. row_kinds: kinds of the training rows, empty if unknown.
+    """
+
+    quantized: bool = False
+    sharded: bool = False
+    offloaded: bool = False
+    processes: int = 1
+    accumulation: int = 1
+    has_checker: bool = True
+    row_kinds: frozenset[str] = frozenset()
+
+
+Rule = Callable[[Recipe, Facts], str | None]
+RULES: list[Rule] = []
+
+
+def rule(function: Rule) -> Rule:
+    """Enter a rule."""
+    RULES.append(function)
+    return function
+
+
+def refusals(recipe: Recipe, facts: Facts = Facts()) -> list[str]:
+    """Every reason why this recipe can't be right under these facts; empty if it can."""
+    found = (rule(recipe, facts) for rule in RULES)
+    return [reason for reason in found if reason]
+
+
+def check(recipe: Recipe, facts: Facts = Facts()) -> None:
+    """Raise `Unsupported` with every reason, or return."""
+    reasons = refusals(recipe, facts)
+    if reasons:
+        name = recipe.title or "this recipe"
+        raise Unsupported(f"{name} can't be run as composed:\n" + "\n".join(f"- {reason}" for reason in reasons))
+
+
+def _quantized(recipe: Recipe, facts: Facts) -> bool:
+    return facts.quantized or any(type(part).packs_base for part in recipe.prepare)
+
+
+@rule
+def zeroth_order_needs_a_value(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.optim.needs_value and not recipe.objective.has_value:
+        return (
+            f"optim '{recipe.optim.kind}' works on the loss's value, and objective '{recipe.objective.kind}' has none "
+            "(its value is constant; only its gradient means something). Choose an optimizer with gradients, "
+            "or an objective with a value."
+        )
+    return None
+
+
+@rule
+def floating_base(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.tuner.needs_floating_base and _quantized(recipe, facts):
+        return (
+            f"tuner '{recipe.tuner.kind}' trains the base's own weights, and these are quantized. Use an adapter "
+            "(e.g. lora, or sparse with execution: bypass), or a floating base (precision: fp32 or bf16)."
+        )
+    return None
+
+
+@rule
+def resident_and_unsharded(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.tuner.needs_unsharded_base and facts.sharded:
+        return (
+            f"tuner '{recipe.tuner.kind}' writes into whole weights, and the base is sharded over processes. "
+            "Use execution: scatter or bypass, or DDP instead of FSDP."
+        )
+    if recipe.tuner.needs_resident_base and facts.offloaded:
+        return f"tuner '{recipe.tuner.kind}' needs weights that stay in memory, and the base is offloaded."
+    return None
+
+
+@rule
+def causality(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.task.causal and recipe.objective.needs_causal_model and not recipe.tuner.keeps_causality:
+        return (
+            f"tuner '{recipe.tuner.kind}' lets a position see later ones, so a causal model's loss would be "
+            "meaningless. Use it with task: classification, or another tuner."
+        )
+    return None
+
+
+@rule
+def selection_fits_tuner(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.select is None:
+        return None
+    common = recipe.select.produces & recipe.tuner.takes
+    if not common:
+        takes = ", ".join(sorted(recipe.tuner.takes)) or "no selection"
+        return (
+            f"select '{recipe.select.kind}' chooses {', '.join(sorted(recipe.select.produces))}, and tuner "
+            f"'{recipe.tuner.kind}' takes {takes}."
+        )
+    return None
+
+
+@rule
+def moving_selection(recipe: Recipe, facts: Facts) -> str | None:
+    schedule = getattr(recipe.select, "schedule", None)
+    if recipe.select is None or schedule is None or schedule.every is None:
+        return None
+    if recipe.select.moves == "never":
+        return f"select '{recipe.select.kind}' never moves, so select.schedule.every has no meaning; leave it out."
+    if recipe.select.moves == "slots" and not recipe.optim.needs_backward:
+        return (
+            f"optim '{recipe.optim.kind}' stores its run as directions over fixed entries, so the selection can't "
+            "move during it; leave out select.schedule."
+        )
+    return None
+
+
+@rule
+def host_suits_task(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.protocol.trains and recipe.objective.host not in recipe.task.hosts:
+        return (
+            f"objective '{recipe.objective.kind}' is trained as '{recipe.objective.host}', which task "
+            f"'{recipe.task.kind}' can't host (it hosts {', '.join(sorted(recipe.task.hosts))})."
+        )
+    return None
+
+
+@rule
+def rows_suit_host(recipe: Recipe, facts: Facts) -> str | None:
+    if not facts.row_kinds:
+        return None
+    preference = facts.row_kinds == {"preference"}
+    if recipe.objective.host == "preference" and not preference:
+        return f"objective '{recipe.objective.kind}' needs rows with a chosen and a rejected answer."
+    if recipe.objective.host != "preference" and preference:
+        return (
+            f"these rows hold chosen and rejected answers, which objective '{recipe.objective.kind}' has no use for. "
+            "Choose objective: {kind: dpo}, or map the chosen answer to a completion with --map."
+        )
+    if recipe.objective.host == "policy" and not facts.has_checker:
+        return f"objective '{recipe.objective.kind}' needs rows whose answers a checker can verify."
+    return None
+
+
+@rule
+def policies_need_rows(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.data and recipe.objective.host in {"preference", "policy"}:
+        kinds = ", ".join(policy.kind for policy in recipe.data)
+        return f"data policies ({kinds}) act on supervised batches; objective '{recipe.objective.kind}' has none."
+    return None
+
+
+@rule
+def preparations(recipe: Recipe, facts: Facts) -> str | None:
+    packed = facts.quantized
+    for part in recipe.prepare:
+        if part.needs_floating_base and packed:
+            return (
+                f"prepare '{part.kind}' needs floating weights, and the base is quantized before it. "
+                "Put it before the quantization, or load the base in fp32 or bf16."
+            )
+        packed = packed or part.packs_base
+    return None
