@@ -69,7 +69,9 @@ class Step(Component):
 
     def factor(self, total_steps: int) -> Callable[[int], float]:
         """The multiplier of the peak rate at each finished step (for `LambdaLR`)."""
-        raise NotImplementedError
+        from pegbox.parts import schedules
+
+        return schedules.factor(self.schedule, total_steps, self.warmup)
 
     def setup(self, ctx: Context) -> Any:
         """State with state_dict/load_state_dict (tensors and plain values), or None."""
