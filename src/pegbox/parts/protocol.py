@@ -11,7 +11,7 @@ from typing import Protocol as TypingProtocol
 from pegbox.parts.component import Axis, Component
 from pegbox.parts.results import Cost, Measurement, Metrics
 
-__all__ = ["BASE", "PROTOCOL", "ModelRef", "Protocol", "Runner", "StageResult"]
+__all__ = ["BASE", "PROTOCOL", "ModelRef", "Protocol", "Report", "Runner", "StageResult"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,25 @@ class StageResult:
     log: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass
+class Report:
+    """What a protocol returns: the run's metrics, and the model that the run's artefact is made from."""
+
+    metrics: Metrics
+    final: ModelRef
+
+
 class Runner(TypingProtocol):
     """What a protocol may do. Stages are cached by the hash of what they are made of, and resumable."""
+
+    suites: tuple[str, ...]  # what this run evaluates, "target" first where there are target rows
 
     def stage(self, patch: Mapping[str, Any], *, start: ModelRef = BASE, name: str) -> StageResult:
         """Run one stage: the recipe with `patch` laid over it, from `start`.
 
-        `patch["do"]` is "train" (default), "apply" (weight operations only) or "collect" (statistics only);
-        `patch["data"]` names another data source, `patch["use"]` an earlier stage's selection.
+        Beside recipe blocks, a patch may hold: `do`: "train" (default) | "select" (make the allocation only) | "apply"
+        (weight operations only); `rows`: another data source for this stage; `use`: {"selection": an earlier stage's
+        name}; `settings`: training settings of this stage (steps, epochs, ...).
         """
 
     def evaluate(self, ref: ModelRef, suite: str) -> Measurement:
@@ -60,7 +71,8 @@ class Protocol(Component):
 
     trains: ClassVar[bool] = True
 
-    def run(self, runner: Runner) -> Metrics:
+    def run(self, runner: Runner) -> Report:
+        """Tell the story; raise `PegboxError`s of the runner unchanged."""
         raise NotImplementedError
 
 

@@ -1,0 +1,47 @@
+"""One training: base before, train, tuned after. Also the helpers that every protocol measures with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pegbox.parts.protocol import BASE, PROTOCOL, ModelRef, Protocol, Report, Runner
+from pegbox.parts.results import Cost, Measurement, Metrics
+
+__all__ = ["Single", "measure", "total_cost"]
+
+
+@PROTOCOL.register
+class Single(Protocol):
+    """Train once from the base. "Before" is always the bare base, never the wrapped model."""
+
+    kind: Literal["single"] = "single"
+
+    def run(self, runner: Runner) -> Report:
+        before = measure(runner, BASE)
+        stage = runner.stage({}, name="train")
+        return Report(Metrics(before=before, after=measure(runner, stage.end), cost=stage.cost), final=stage.end)
+
+
+def measure(runner: Runner, ref: ModelRef) -> dict[str, Measurement]:
+    """Every suite of the run on one model."""
+    return {suite: runner.evaluate(ref, suite) for suite in runner.suites}
+
+
+def total_cost(costs: list[Cost]) -> Cost:
+    """What several stages cost together: sums of work, maxima of memory; sizes are the last stage's."""
+    last = costs[-1]
+    flops = [c.training_flops for c in costs if c.training_flops is not None]
+    saved = [c.peak_saved_bytes for c in costs if c.peak_saved_bytes is not None]
+    device = [c.peak_device_bytes for c in costs if c.peak_device_bytes is not None]
+    return last.model_copy(
+        update={
+            "trainable_parameters": max(c.trainable_parameters for c in costs),
+            "optimizer_state_bytes": max(c.optimizer_state_bytes for c in costs),
+            "training_flops": sum(flops) if flops else None,
+            "peak_saved_bytes": max(saved) if saved else None,
+            "peak_device_bytes": max(device) if device else None,
+            "training_tokens": sum(c.training_tokens for c in costs),
+            "steps": sum(c.steps for c in costs),
+            "seconds": sum(c.seconds for c in costs),
+        }
+    )
