@@ -1,0 +1,25 @@
+"""Base models: where they come from, what identifies them, how they are loaded."""
+
+from pegbox.models.aliases import Alias, aliases
+from pegbox.models.cache import cache_dir, cached_folder
+from pegbox.models.fingerprint import fingerprint_model, fingerprint_tensors
+from pegbox.models.load import TASK_CLASSES, Loaded, Precision, load, load_meta, load_tokenizer, pick_device
+from pegbox.models.source import Source, resolve
+
+__all__ = [
+    "TASK_CLASSES",
+    "Alias",
+    "Loaded",
+    "Precision",
+    "Source",
+    "aliases",
+    "cache_dir",
+    "cached_folder",
+    "fingerprint_model",
+    "fingerprint_tensors",
+    "load",
+    "load_meta",
+    "load_tokenizer",
+    "pick_device",
+    "resolve",
+]
