@@ -1,0 +1,200 @@
+"""Terms that an objective adds to its token loss.
+
+    kl_to_reference   lam * KL(reference || policy), its reverse, or the k3 estimate, per token
+    l1_to_start       lam / N * sum |w - w0|, once per optimizer step; LT-SFT (arXiv:2110.07560, section 3.2)
+    l2_to_start       lam * sum (w - w0)^2, once per optimizer step; the soft form of HFT (arXiv:2404.18466, section 4)
+
+Token terms act per token, inside the tile that holds its logits. Weight terms act on parameters; the objective divides
+them by the number of micro-batches of a step, so that they don't depend on accumulation.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from pegbox.errors import BadInput
+from pegbox.objectives.references import Reference, ReferenceDtype, reference_of
+from pegbox.parts.component import Axis, Component
+from pegbox.parts.context import Context
+from pegbox.parts.penalties import l1_distance, l2_distance
+from pegbox.parts.tokens import Scores, k3
+from pegbox.parts.view import Batch, ModelView
+
+__all__ = ["TERM", "KLToReference", "L1ToStart", "L2ToStart", "Starts", "Term", "TokenTerm", "WeightTerm"]
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Term(Component):
+    """Something added to the loss, with a factor."""
+
+    weight: Weight = 0.1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference model is run."""
+        return False
+
+    def setup(self, ctx: Context) -> Any:
+        """State with state_dict/load_state_dict, or None."""
+        return None
+
+
+class TokenTerm(Term):
+    """A term per token."""
+
+    def reference(self, state: Any, view: ModelView, batch: Batch) -> Any:
+        """What is needed of the reference; under no_grad."""
+        return None
+
+    def compare(self, ref: Any, part: slice) -> tuple[Tensor, str] | None:
+        """The reference's (n, V) logits in a tile and the direction of the divergence; None where not needed."""
+        return None
+
+    def per_token(self, scores: Scores, ref: Any, part: slice) -> Tensor:
+        """(n,) values in a tile, not yet multiplied by `weight`. `scores` hold what `compare` asked for."""
+        raise NotImplementedError
+
+    def ref_logp(self, scores: Scores, ref: Any, part: slice) -> Tensor | None:
+        """(n,) the reference's log-probability of the targets, if known."""
+        return None
+
+
+class WeightTerm(Term):
+    """A term over parameters."""
+
+    def penalty(self, state: Any, model: nn.Module) -> Tensor:
+        """The whole term, `weight` included."""
+        raise NotImplementedError
+
+
+TERM: Axis[Term] = Axis("objective.terms", Term, "pegbox.objectives.terms")
+
+
+@TERM.register
+class KLToReference(TokenTerm):
+    """Holds the policy near a reference, token by token.
+
+    Args:
+        weight: lambda; it does not transfer between directions.
+        direction: forward KL(reference || policy); reverse KL(policy || reference); k3, the estimate of the reverse
+            from the target token alone (cheap).
+        of: the reference: "base" (the tuner switched off, or a frozen copy), or a role under `models:`.
+        dtype: of a frozen copy.
+        cache: keep log r[y] per sample, so that each sample's reference is run once (k3, unpacked, unchanged inputs).
+    """
+
+    kind: Literal["kl_to_reference"] = "kl_to_reference"
+    direction: Literal["forward", "reverse", "k3"] = "forward"
+    of: str = "base"
+    dtype: ReferenceDtype = "same"
+    cache: bool = False
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.cache and self.direction != "k3":
+            raise BadInput(
+                f"objective.terms.cache: direction '{self.direction}' needs the reference's whole vocabulary; "
+                "only direction 'k3' can be cached."
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.weight > 0
+
+    @property
+    def full_kl(self) -> bool:
+        """Whether the divergence runs over the whole vocabulary."""
+        return self.direction != "k3"
+
+    def setup(self, ctx: Context) -> Reference | None:
+        return reference_of(ctx, self.of, self.dtype, self.cache) if self.needs_reference else None
+
+    def reference(self, state: Any, view: ModelView, batch: Batch) -> Any:
+        if not self.needs_reference:
+            return None
+        return state.rows(view, batch) if self.full_kl else state.logp(view, batch)
+
+    def compare(self, ref: Any, part: slice) -> tuple[Tensor, str] | None:
+        return (ref.tile(part), self.direction) if self.full_kl else None
+
+    def per_token(self, scores: Scores, ref: Any, part: slice) -> Tensor:
+        if not self.full_kl:
+            return k3(scores.logp, ref[part].to(scores.logp))
+        assert scores.kl is not None
+        return scores.kl
+
+    def ref_logp(self, scores: Scores, ref: Any, part: slice) -> Tensor | None:
+        return scores.ref_logp if self.full_kl else ref[part].to(scores.logp)
+
+
+@dataclass
+class Starts:
+    """Where the trained weights began, by name; N is what a mean divides by."""
+
+    tensors: dict[str, Tensor]
+    count: int
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.tensors)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, tensor in state.items():
+            self.tensors[name].copy_(tensor)
+
+
+def _starts(model: nn.Module, exclude: Sequence[str], over: str) -> Starts:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    kept = {n: p.detach().clone() for n, p in named.items() if not any(fnmatch.fnmatch(n, e) for e in exclude)}
+    if not kept:
+        raise BadInput(f"A term towards the start covers no trained weight (excluded: {list(exclude)}).")
+    counted = model.parameters() if over == "all" else [named[n] for n in kept]
+    return Starts(kept, sum(p.numel() for p in counted))
+
+
+def _pairs(state: Starts, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    named = {n.replace("_orig_mod.", "").removeprefix("module."): p for n, p in model.named_parameters()}
+    missing = [n for n in state.tensors if n not in named]
+    if missing:
+        raise BadInput(f"The weight '{missing[0]}' is no longer in the model that a term towards the start covers.")
+    return [named[n] for n in state.tensors], list(state.tensors.values())
+
+
+@TERM.register
+class L1ToStart(WeightTerm):
+    """lam / N * sum |w - w0| over the trained weights.
+
+    Args:
+        over: what N counts: "all" the model's parameters, frozen ones too (the paper), or the "trained" ones covered.
+        exclude: name patterns (fnmatch) of trained weights to leave out, e.g. "*lm_head*".
+    """
+
+    kind: Literal["l1_to_start"] = "l1_to_start"
+    reproduces: ClassVar[str] = "arXiv:2110.07560"
+    over: Literal["all", "trained"] = "all"
+    exclude: tuple[str, ...] = ()
+
+    def setup(self, ctx: Context) -> Starts:
+        return _starts(ctx.model, self.exclude, self.over)
+
+    def penalty(self, state: Any, model: nn.Module) -> Tensor:
+        return l1_distance(*_pairs(state, model)) * (self.weight / state.count)
+
+
+@TERM.register
+class L2ToStart(WeightTerm):
+    """lam * sum (w - w0)^2 over the trained weights. `exclude`: name patterns of trained weights to leave out."""
+
+    kind: Literal["l2_to_start"] = "l2_to_start"
+    exclude: tuple[str, ...] = ()
+
+    def setup(self, ctx: Context) -> Starts:
+        return _starts(ctx.model, self.exclude, "trained")
+
+    def penalty(self, state: Any, model: nn.Module) -> Tensor:
+        return l2_distance(*_pairs(state, model)) * self.weight

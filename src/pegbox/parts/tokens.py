@@ -1,0 +1,242 @@
+"""Per-token scores of a language model, worked out in tiles so that two full sets of logits never exist at once.
+
+    logp_i = log softmax(z_i)[y_i]
+    KL forward  = sum_v r_v (log r_v - log p_v)      reverse = sum_v p_v (log p_v - log r_v)
+    k3          = exp(d) - 1 - d,  d = log r[y] - log p[y]      (its mean over y ~ p is the reverse KL)
+
+z_i = head(h_i) for the valid positions only, p = softmax(z) of the policy, r that of a reference. Gradients with
+respect to a row of logits are closed forms: logp: onehot - p; forward KL: p - r; reverse KL: p (log p - log r - KL).
+Softmax is always computed in float32 or wider.
+
+A tile is a slice of the valid rows. Where the head is frozen, the gradient of a tile's loss with respect to its rows is
+taken in the forward pass (rows don't depend on each other, so the incoming gradient is a factor per row): nothing of
+width V outlives a tile and nothing is computed twice. Where the head trains, all rows go at once as long as they are
+few, and are recomputed tile by tile in the backward pass beyond that.
+
+What this file does not know: which loss is made of the scores, and how it is reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pegbox.errors import BadInput
+
+__all__ = ["IGNORE", "Scores", "k3", "score", "shift", "tile_rows", "walk"]
+
+IGNORE = -100
+TILE = 1 << 24  # logits in one tile
+AT_ONCE = 1 << 26  # logits that a trained head may make in one go
+
+# (rows of one tile (n, D), their slice) -> (loss per row (n,), further readings per row, without gradient)
+Fold = Callable[[Tensor, slice], tuple[Tensor, ...]]
+
+
+def shift(
+    labels: Tensor,
+    sequence_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    corrupted: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Targets aligned with the positions that predict them, and which of them count.
+
+    Position t predicts label t + 1, unless that label is -100, belongs to another packed sequence (another sequence
+    id, or position ids that start again), or is predicted from padding (attention mask 0 before a row's first token).
+
+    Args:
+        labels: (B, T) unshifted, -100 where nothing is to be learnt.
+        sequence_ids, position_ids: (B, T) or (1, T), where rows are packed.
+        attention_mask: (B, T), 1 on tokens; other shapes say nothing about padding and are left aside.
+        corrupted: (B, T) bool, positions whose mask may be 0 although they are no padding.
+
+    Returns:
+        (B, T) target ids (0 where they don't count) and the (B, T) bool mask.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    valid = targets != IGNORE
+    if sequence_ids is not None:
+        valid[:, :-1] &= sequence_ids[:, 1:] == sequence_ids[:, :-1]
+    elif position_ids is not None and position_ids.ndim == 2:
+        valid[:, :-1] &= position_ids[:, 1:] > position_ids[:, :-1]
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        present = attention_mask != 0
+        if corrupted is not None:
+            present = present | corrupted
+        valid &= present.cumsum(-1) > 0
+    return targets.masked_fill(~valid, 0), valid
+
+
+class Scores(NamedTuple):
+    """What losses are made of, per valid token, float32 or wider. `kl` and `mean_logp` only where asked for."""
+
+    logp: Tensor  # (n,) log p[y]
+    kl: Tensor | None = None  # (n,) full-vocabulary divergence from the reference
+    mean_logp: Tensor | None = None  # (n,) mean over v of log p[v]
+    ref_logp: Tensor | None = None  # (n,) log r[y], no gradient
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class _Scores(torch.autograd.Function):
+    """(logits, targets, reference logits or None, direction) -> logp, kl, mean_logp, ref_logp; closed forms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, ref_logits: Tensor | None, direction: str, mean: bool
+    ) -> Any:
+        logprobs = F.log_softmax(_wide(logits), dim=-1)  # (n, V)
+        index = targets[:, None]
+        logp, nothing = logprobs.gather(-1, index)[:, 0], logprobs.new_zeros(())
+        mean_logp = logprobs.mean(-1) if mean else nothing
+        ctx.direction, ctx.dtype, ctx.mean = direction, logits.dtype, mean
+        if ref_logits is None:
+            ctx.save_for_backward(logprobs, targets)
+            return logp, nothing, mean_logp, nothing.clone()
+        ref = F.log_softmax(_wide(ref_logits), dim=-1).to(logprobs.dtype)
+        ref_logp = ref.gather(-1, index)[:, 0]
+        if direction == "forward":
+            r = ref.exp()
+            kl = (r * (ref - logprobs)).sum(-1)
+            ctx.save_for_backward(logprobs, targets, r)
+        else:
+            kl = (logprobs.exp() * (logprobs - ref)).sum(-1)
+            ctx.save_for_backward(logprobs, targets, ref, kl)
+        ctx.mark_non_differentiable(ref_logp)
+        return logp, kl, mean_logp, ref_logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_logp: Tensor, g_kl: Tensor, g_mean: Tensor, _: Tensor) -> Any:
+        logprobs, targets, *rest = ctx.saved_tensors
+        factor = -(g_logp + g_mean if ctx.mean else g_logp)[:, None]
+        if not rest:
+            grad = logprobs.exp().mul_(factor)
+        elif ctx.direction == "forward":
+            grad = logprobs.exp().mul_(factor + g_kl[:, None]).addcmul_(rest[0], g_kl[:, None], value=-1)
+        else:
+            ref, kl = rest
+            inner = (logprobs - ref).sub_(kl[:, None]).mul_(g_kl[:, None]).add_(factor)
+            grad = logprobs.exp().mul_(inner)
+        grad.scatter_add_(-1, targets[:, None], g_logp[:, None])
+        if ctx.mean:
+            grad += (g_mean / logprobs.shape[-1])[:, None]
+        return grad.to(ctx.dtype), None, None, None, None
+
+
+class _LogProb(torch.autograd.Function):
+    """(logits, targets) -> log p[y], with the closed-form backward: g (onehot - p)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        logprobs = F.log_softmax(_wide(logits), dim=-1)  # (n, V)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(logprobs, targets)
+        return logprobs.gather(-1, targets[:, None])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor) -> Any:
+        logprobs, targets = ctx.saved_tensors
+        grad = logprobs.exp().mul_(-grad_logp[:, None])
+        grad.scatter_add_(-1, targets[:, None], grad_logp[:, None])
+        return grad.to(ctx.dtype), None
+
+
+def score(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logits: Tensor | None = None,
+    *,
+    direction: str = "forward",
+    mean: bool = False,
+) -> Scores:
+    """Scores of (n, V) logits for (n,) targets; with `ref_logits` (n, V) also the KL in the given direction."""
+    if ref_logits is not None and ref_logits.shape[-1] != logits.shape[-1]:
+        raise BadInput(
+            f"The policy has {logits.shape[-1]} logits per token, its reference {ref_logits.shape[-1]}: one of them "
+            "was resized. Resize the other in the same way (same added tokens, same order)."
+        )
+    if ref_logits is None and not mean:
+        return Scores(_LogProb.apply(logits, targets))
+    logp, kl, mean_logp, ref_logp = _Scores.apply(logits, targets, ref_logits, direction, mean)
+    if ref_logits is None:
+        return Scores(logp, mean_logp=mean_logp)
+    return Scores(logp, kl, mean_logp if mean else None, ref_logp)
+
+
+def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """exp(d) - 1 - d with d = log r[y] - log p[y]: >= 0, and the reverse KL in expectation over y ~ p."""
+    d = ref_logp - logp
+    return torch.expm1(d) - d
+
+
+# ---- the walk -------------------------------------------------------------------------------------------------------
+
+
+def tile_rows(vocabulary: int) -> int:
+    """Rows of a tile: at most 1024, at least 64, about 64 MiB of float32 logits."""
+    return min(1024, max(64, TILE // vocabulary))
+
+
+def walk(
+    rows: Tensor, fold: Fold, *, vocabulary: int, head_trains: bool, chunk: int | None = None
+) -> tuple[Tensor, ...]:
+    """Apply `fold` to tiles of `rows` and join what it returns along the rows.
+
+    Args:
+        rows: (N, D) head inputs of the valid positions.
+        fold: gives a tile's per-row loss (differentiable) and readings (detached). It must treat rows one by one.
+        vocabulary: V, for the tile size.
+        head_trains: whether the head (or anything else that `fold` closes over) needs a gradient.
+        chunk: rows of a tile; None chooses.
+
+    Returns:
+        The losses (N,) with their graph, then the readings (N,).
+    """
+    size = chunk or tile_rows(vocabulary)
+    graph = torch.is_grad_enabled() and (rows.requires_grad or head_trains)
+    if rows.shape[0] <= size or (chunk is None and graph and head_trains and rows.shape[0] * vocabulary <= AT_ONCE):
+        return fold(rows, slice(0, rows.shape[0]))
+    slices = [slice(i, min(i + size, rows.shape[0])) for i in range(0, rows.shape[0], size)]
+    if graph and not head_trains:
+        return _Tiles.apply(rows, fold, slices)
+    if graph:
+        parts = [checkpoint(fold, rows[s], s, use_reentrant=False) for s in slices]
+    else:
+        parts = [fold(rows[s], s) for s in slices]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+class _Tiles(torch.autograd.Function):
+    """Tiles over a frozen head: the gradient per row is found in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, fold: Fold, slices: list[slice]) -> Any:
+        grads = torch.empty_like(rows)
+        parts = []
+        for s in slices:
+            with torch.enable_grad():
+                tile = rows[s].detach().requires_grad_()
+                loss, *readings = fold(tile, s)
+                (grads[s],) = torch.autograd.grad(loss.sum(), tile)
+            parts.append((loss.detach(), *readings))
+        ctx.save_for_backward(grads)
+        joined = tuple(torch.cat(column) for column in zip(*parts))
+        ctx.mark_non_differentiable(*joined[1:])
+        return joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+        (grads,) = ctx.saved_tensors
+        return (grads * grad_loss[:, None]).to(grads.dtype), None, None
