@@ -28,7 +28,7 @@ from pegbox.parts.protocol import PROTOCOL, Protocol
 from pegbox.parts.task import TASK, Task
 from pegbox.prepare.base import PREPARE, Preparation
 from pegbox.select.base import SELECT, Selector
-from pegbox.tuners import TUNER
+from pegbox.tuners.axis import TUNER
 from pegbox.tuners.base import Tuner
 from pegbox.weights.base import WEIGHTS, WeightOp
 

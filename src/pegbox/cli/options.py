@@ -64,6 +64,8 @@ def parse_map(pairs: Iterable[str] | None) -> dict[str, str]:
     for pair in pairs or ():
         ours, equals, theirs = pair.partition("=")
         if not equals or not ours or not theirs:
-            raise BadInput(f"--map {pair}: write the field on the left and your column on the right: messages=dialogue.")
+            raise BadInput(
+                f"--map {pair}: write the field on the left and your column on the right: messages=dialogue."
+            )
         mapping[ours] = theirs
     return mapping

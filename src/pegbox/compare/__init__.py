@@ -1,0 +1,1 @@
+"""`compare`: several recipes on one user's data, under one lock, with the statistics that such a table needs."""
