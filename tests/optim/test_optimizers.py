@@ -10,6 +10,7 @@ from torch import nn
 
 from pegbox.errors import BadInput
 from pegbox.optim import OPTIM, decays, split_decay
+from pegbox.parts.parameterinfo import ParameterInfo, attach_info
 
 
 def leaf(values, grad=None, dtype=torch.float64):
@@ -114,13 +115,11 @@ def test_who_decays(name, shape, expected):
     assert decays(name, torch.zeros(shape)) is expected
 
 
-def test_a_parameter_may_say_so_itself():
-    values = nn.Parameter(torch.zeros(5))
-    values.pegbox_decay = True
-    assert decays("x.values", values)
-    scale = nn.Parameter(torch.zeros(5, 5))
-    scale.pegbox_decay = False
-    assert not decays("x.scale", scale)
+@pytest.mark.parametrize(("shape", "name", "expected"), [((4, 4), "q.weight", True), ((4,), "q.bias", False)])
+def test_sparse_values_count_as_the_tensor_they_stand_for(shape, name, expected):
+    values = nn.Parameter(torch.zeros(2))
+    attach_info(values, ParameterInfo(name, shape, lambda: torch.arange(2), lambda: torch.zeros(2), "delta"))
+    assert decays("layer.values", values) is expected
 
 
 def test_split_keeps_rates_and_explicit_decays():

@@ -1,6 +1,6 @@
 """The step axis: optimizers and gradient estimators. Importing this package registers the built-in kinds."""
 
-from pegbox.optim import adafactor, adamw, adamw_8bit, sgd
+from pegbox.optim import adafactor, adamw, adamw_8bit, mezo, sgd
 from pegbox.optim.base import OPTIM, Problem, Step, StepLog
 from pegbox.optim.groups import decays, split_decay
 
@@ -13,6 +13,7 @@ __all__ = [
     "adamw",
     "adamw_8bit",
     "decays",
+    "mezo",
     "sgd",
     "split_decay",
 ]

@@ -52,5 +52,5 @@ class AdamW(Step):
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         split = split_decay(groups, self.weight_decay)
         fused = can_fuse(split) if self.fused is None else self.fused
-        options = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "amsgrad": self.amsgrad}
+        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "amsgrad": self.amsgrad}
         return torch.optim.AdamW(split, **options, fused=fused or None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -89,6 +90,15 @@ class Step(Component):
 
     def after_step(self, state: Any, problem: Problem) -> None:
         """Called after the optimizer has stepped."""
+
+    def save(self, state: Any, folder: Path) -> dict[str, Any]:
+        """Write the artefact part named by `leaves` into the existing empty `folder`; returns JSON for its entry, or {}
+        if there is nothing to keep."""
+        return {}
+
+    def load(self, model: nn.Module, folder: Path) -> nn.Module:
+        """Put such a part onto the model it was made on. Raises `Corrupt`, `WrongBase`."""
+        return model
 
 
 OPTIM: Axis[Step] = Axis("optim", Step, "pegbox.optim", default="adamw")

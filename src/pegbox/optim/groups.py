@@ -1,9 +1,8 @@
 """Which trained parameters are pulled by weight decay, and parameter groups made from that.
 
-A parameter may carry its own answer: a tuner that knows better sets `param.pegbox_decay` to True or False (the 1-d
-values of a sparse tuner are weights of a matrix; a learned scale is not). Without it the shape and the name decide:
-tensors of two or more axes decay, vectors, scalars, norms and biases do not. That is the rule by which everybody trains
-transformers, and as a predicate it also catches `model.norm.weight`, which rules by substring miss.
+Tensors of two or more axes decay; vectors, scalars, norms and biases do not. That is the rule by which everybody trains
+transformers, and as a predicate it also catches `model.norm.weight`, which rules by substring miss. A sparse tuner's
+vector of values counts as the tensor it stands for (`parts.parameterinfo`).
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pegbox.parts.parameterinfo import info_of
+
 __all__ = ["decays", "split_decay"]
 
 _NEVER = re.compile(r"(^|[._])(bias|norm|layernorm|layer_norm|rmsnorm|ln|ln_\w+|norm\d+)($|[._])", re.IGNORECASE)
@@ -21,10 +22,9 @@ _NEVER = re.compile(r"(^|[._])(bias|norm|layernorm|layer_norm|rmsnorm|ln|ln_\w+|
 
 def decays(name: str, param: Tensor) -> bool:
     """True if weight decay pulls this parameter. `name` may be empty where it is not known."""
-    own = getattr(param, "pegbox_decay", None)
-    if own is not None:
-        return bool(own)
-    return param.ndim >= 2 and not _NEVER.search(name)
+    info = info_of(param)
+    axes = param.ndim if info is None else len(info.shape)
+    return axes >= 2 and not _NEVER.search(name if info is None else info.name)
 
 
 def split_decay(groups: Iterable[Mapping[str, Any]], weight_decay: float) -> list[dict[str, Any]]:

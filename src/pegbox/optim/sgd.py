@@ -64,5 +64,5 @@ class Sgd(Step):
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         split = split_decay(groups, self.weight_decay)
-        options = {"momentum": self.momentum, "dampening": self.dampening, "nesterov": self.nesterov}
+        options: dict[str, Any] = {"momentum": self.momentum, "dampening": self.dampening, "nesterov": self.nesterov}
         return SgdW(split, lr=self.lr, **options, fused=can_fuse(split) or None)
