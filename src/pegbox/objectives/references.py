@@ -87,8 +87,8 @@ class Reference:
                 with evaluating(view.model), self.view_context():
                     yield view
             else:
-                of = getattr(view, "of", type(view))
-                yield of(self.model)
+                another: Callable[[nn.Module], ModelView] = getattr(view, "of", type(view))
+                yield another(self.model)
         self.passes += 1
 
     def rows(self, view: ModelView, batch: Batch) -> ReferenceRows:

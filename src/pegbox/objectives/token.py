@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import torch
 from pydantic import Field
@@ -27,7 +27,7 @@ from pegbox.parts.context import Context
 from pegbox.parts.tokens import score, shift, walk
 from pegbox.parts.view import Batch, ModelView
 
-__all__ = ["PerToken", "Tokens", "TokensState", "row_weights", "valid_tokens"]
+__all__ = ["PerToken", "Tokens", "TokensState", "row_weights", "sample_means", "valid_tokens"]
 
 RARE = 0.01  # tokens less likely than this are counted: DFT hardly learns them
 
@@ -55,6 +55,7 @@ class PerToken:
     terms: list[Tensor]
     ref_logp: Tensor | None
     weights: Tensor | None
+    valid: Tensor  # (B, T) where the tokens stand
 
 
 def valid_tokens(batch: Batch) -> Tensor:
@@ -71,6 +72,13 @@ def row_weights(batch: Batch, valid: Tensor) -> Tensor | None:
     if weights is None:
         return None
     return (weights if weights.ndim == 2 else weights[:, None]).expand(valid.shape)[valid]
+
+
+def sample_means(values: Tensor, valid: Tensor) -> Tensor:
+    """(B,) the mean over each row's valid tokens of (n,) values; 0 where a row has none."""
+    counts = valid.sum(-1)
+    row = torch.repeat_interleave(torch.arange(valid.shape[0], device=valid.device), counts)
+    return values.new_zeros(valid.shape[0]).index_add_(0, row, values) / counts.clamp(min=1)
 
 
 @OBJECTIVE.register
@@ -132,7 +140,7 @@ class Tokens(Objective):
         trains = head_trains(view)
         loss, logp, *rest = walk(rows, fold, vocabulary=vocabulary, head_trains=trains, chunk=self.chunk)
         values, ref_logp = rest[: len(terms)], rest[len(terms)] if len(rest) > len(terms) else None
-        return PerToken(loss, logp, values, ref_logp, row_weights(batch, valid))
+        return PerToken(loss, logp, values, ref_logp, row_weights(batch, valid), valid)
 
     def _fold(
         self, logits: Tensor, targets: Tensor, terms: list[tuple[TokenTerm, Any]], part: slice
@@ -155,9 +163,10 @@ class Tokens(Objective):
         return (loss, scores.logp.detach(), *values, *(() if known is None else (known.detach(),)))
 
     def reduce(self, tokens: PerToken, totals: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The loss and its readings, each divided so that micro-batches and ranks add up."""
-        by, loss = self.divisor(tokens, totals), _sum(tokens.loss, tokens.weights)
-        yield "tokens", loss / by
+        """The loss and its readings. Readings are means over micro-batches of what adds up to the step's value."""
+        by = self.divisor(tokens, totals)
+        yield "tokens", _sum(tokens.loss, tokens.weights) / by
+        by = by / totals["micro"].to(by)
         if self.token.kind != "sft" or tokens.terms:
             yield "_ce", -_sum(tokens.logp, tokens.weights) / by
         if self.token.kind != "sft":
@@ -166,6 +175,7 @@ class Tokens(Objective):
             yield "_rare", (p < RARE).sum() / by
         for term, value in zip((t for t in self.terms if _acts(t)), tokens.terms):
             yield f"_{term.kind}", value.sum() / by
+        yield "_sample_ce", sample_means(-tokens.logp, tokens.valid)
 
     def divisor(self, tokens: PerToken, totals: Mapping[str, Tensor]) -> Tensor:
         """What a sum over this micro-batch is divided by. A step without any valid token divides by 1 and warns."""
@@ -189,7 +199,7 @@ class Tokens(Objective):
         return state.terms if state is not None else [None] * len(self.terms)
 
 
-def _acts(term: Term) -> bool:
+def _acts(term: Term) -> TypeGuard[TokenTerm]:
     return isinstance(term, TokenTerm) and term.weight > 0
 
 

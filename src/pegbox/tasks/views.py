@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ __all__ = ["CausalView", "ClassificationView", "unwrap"]
 def unwrap(model: nn.Module) -> nn.Module:
     """The model below DDP, FSDP and torch.compile; PEFT's wrapper stays."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or (model.module if type(model).__name__ in _WRAPPERS else None)
-        if inner is None:
+        if type(model).__name__ in _WRAPPERS:
+            model = cast(nn.Module, model.module)
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._orig_mod)
+        else:
             return model
-        model = inner
 
 
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"})
@@ -150,14 +152,14 @@ def _captured(head: nn.Module) -> Iterator[list[tuple[Tensor, tuple[str, torch.d
         return _Reach.apply(thin, *parameters) if torch.is_grad_enabled() and parameters else thin
 
     before = head.__dict__.get("forward")
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
     try:
         yield caught
     finally:
         if before is None:
             del head.__dict__["forward"]
         else:
-            head.forward = before  # type: ignore[method-assign]
+            head.forward = before
 
 
 def _config(model: nn.Module) -> Any:
@@ -184,7 +186,8 @@ def _after_head(logits: Tensor, config: Any) -> Tensor:
 
 
 def _accepts(model: nn.Module, name: str) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap_peft: Any = getattr(model, "get_base_model", lambda: model)
+    base = unwrap_peft()
     return name in inspect.signature(base.forward).parameters
 
 
