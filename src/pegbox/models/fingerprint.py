@@ -72,7 +72,7 @@ class _Stored(NamedTuple):
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in `folder`: the index's shards, or the single file; [] if none.
+    """The checkpoint's safetensors files in `folder`: the index's shards, or the single file; [] if there are none.
 
     Raises:
         Corrupt: the index names a shard that is missing.
@@ -184,16 +184,20 @@ def _gguf(path: Path) -> list[_Stored]:
         raise Corrupt(f"{path} is not a readable GGUF file ({error}). Copy or download it again.") from error
     entries = []
     for tensor in reader.tensors:
-        flat = memoryview(tensor.data.reshape(-1).view("uint8"))
+        flat: Any = memoryview(tensor.data.reshape(-1).view("uint8"))  # type: ignore[arg-type]
         shape = tuple(int(n) for n in tensor.shape)
-        entries.append(_Stored(tensor.name, tensor.tensor_type.name, shape, flat.nbytes, lambda a, b, f=flat: f[a:b]))
+        entries.append(_Stored(tensor.name, tensor.tensor_type.name, shape, flat.nbytes, _slices(flat)))
     return entries
 
 
 def _in_memory(name: str, tensor: Tensor) -> _Stored:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat: Any = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.").upper())
-    return _Stored(name, dtype, tuple(tensor.shape), flat.nbytes, lambda a, b: memoryview(flat)[a:b])
+    return _Stored(name, dtype, tuple(tensor.shape), flat.nbytes, _slices(flat))
+
+
+def _slices(flat: Any) -> Read:
+    return lambda start, stop: flat[start:stop]
 
 
 def _remembered(paths: list[Path], compute: Callable[[], str]) -> str:

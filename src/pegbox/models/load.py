@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer, in a precision and on a device, without running anybody's code by surprise."""
+"""Loading a base model and its tokenizer, in a precision and on a device, without running foreign code unasked."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def load(
     arguments = {**_precision(precision, device), **(model_kwargs or {})}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
+    if "quantization_config" in arguments:
+        arguments.setdefault("device_map", {"": device})
     folder = _folder(source)
     _check_code(source, folder, trust_remote_code)
     with _explained(source), torch.random.fork_rng(devices=[]):
@@ -145,7 +147,7 @@ def _precision(precision: str, device: torch.device) -> dict[str, Any]:
         case "bf16":
             return {"dtype": torch.bfloat16}
         case "nf4":
-            return {"dtype": wide, "device_map": {"": device}, "quantization_config": _nf4(wide)}
+            return {"dtype": wide, "quantization_config": _nf4(wide)}
     raise BadInput(f"Unknown precision '{precision}'.{did_you_mean(precision, ('auto', 'fp32', 'bf16', 'nf4'))}")
 
 

@@ -1,4 +1,4 @@
-"""Where a base model comes from: a hub id, a local folder, a GGUF file or an alias, resolved to files on this machine."""
+"""Where a base model comes from: a hub id, a local folder, a GGUF file or an alias, resolved to files at hand."""
 
 from __future__ import annotations
 

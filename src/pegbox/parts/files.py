@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from pegbox.errors import BadInput, Corrupt, RunFailed
+from pegbox.errors import BadInput, Corrupt, PegboxError, RunFailed
 
 __all__ = [
     "fsync_tree",
@@ -56,6 +56,8 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except PegboxError:
+        raise
     except Exception as error:  # safetensors wraps the operating system's error in a class of its own
         code = _error_number(error)
         if code in _FULL:
