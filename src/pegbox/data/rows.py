@@ -7,7 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Kind", "Row", "row_id"]
+from pegbox.errors import BadInput
+
+__all__ = ["Kind", "Row", "bad_row", "base_id", "content_of", "row_id", "sample_id"]
 
 Kind = Literal["chat", "completion", "text", "classification", "preference"]
 
@@ -17,7 +19,7 @@ class Row:
     """One example.
 
     Args:
-        id: stable: a hash of the content, with "#n" behind it for the n-th exact duplicate.
+        id: stable: a hash of the content, with "#n" behind it for the n-th exact duplicate (n counts from 2).
         kind: chat (messages, any number of turns) | completion (one raw prompt and answer) | text |
             classification (text or text pair and label) | preference (a prompt, a chosen and a rejected answer).
         messages: chat messages {"role", "content", maybe "tool_calls", "reasoning_content", ...}; for completion rows
@@ -51,3 +53,34 @@ def row_id(content: Any) -> str:
     """16 hex digits over the canonical JSON of `content`."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_of(row: Row) -> dict[str, Any]:
+    """What makes two rows exact duplicates: everything the model sees or is trained on, and nothing else."""
+    return {
+        "kind": row.kind,
+        "messages": row.messages,
+        "text": row.text,
+        "text_pair": row.text_pair,
+        "label": row.label,
+        "chosen": row.chosen,
+        "rejected": row.rejected,
+        "tools": row.tools,
+    }
+
+
+def base_id(identity: str) -> str:
+    """A row id without its duplicate number: equal for exact duplicates."""
+    return identity.partition("#")[0]
+
+
+def sample_id(identity: str) -> int:
+    """A 63-bit integer that stands for an id in tensors."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") >> 1
+
+
+def bad_row(where: str, column: str, problem: str, expected: str, example: Any) -> BadInput:
+    """The error for a row that can't be used: place, column, what is wrong, what was expected, and an example."""
+    place = f"{where}, column '{column}'" if column else where
+    shown = example if isinstance(example, str) else json.dumps(example, ensure_ascii=False)
+    return BadInput(f"{place}: {problem}. Expected {expected}, e.g. {shown}")

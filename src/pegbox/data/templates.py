@@ -1,0 +1,227 @@
+"""A tokenizer with one chat template: rendering, and the facts about the template that masks and generation need.
+
+The template is the tokenizer's own, a user's jinja file, or one of two built-in ones: `plain` (headed turns, for base
+models without a template) and `raw` (texts one after the other, for prompt/completion rows). The facts are found by
+rendering probes, not by knowing names: what closes an assistant turn, whether system messages and reasoning are
+rendered, whether the generation prompt opens a reasoning block that rendered turns leave out.
+
+What a template can't say is said around it, the same way in training and in generation: a system message that the
+template refuses or drops goes in front of the first user message; reasoning that it doesn't read goes into the answer
+as `<think>...</think>`. Templates that print today's date get a fixed one, so that an encoded set never changes
+overnight.
+
+What this file does not do: tokens and masks (see masks.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pegbox.errors import BadInput
+
+__all__ = ["PLAIN", "RAW", "ChatTemplate", "Messages", "TemplateRefusal", "Traits", "resolve_template"]
+
+Messages = Sequence[dict[str, Any]]
+
+PLAIN = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '### User:\\n' + m['content'] + '\\n\\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ '### Assistant:\\n' + m['content'] + eos_token + '\\n\\n' }}"
+    "{% else %}{{ raise_exception('the plain template has no role ' + m['role']) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+RAW = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+
+_DATE = datetime(2024, 7, 26)  # the date that Llama 3.1's template falls back to
+_KEPT = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")  # message keys a template sees
+_ANSWER, _SYSTEM, _REASON = "pegboxanswer", "pegboxsystem", "pegboxreason"  # probe words
+
+
+class TemplateRefusal(BadInput):
+    """The template raised, or left out something that the row says."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What probing found.
+
+    Args:
+        closing: text from the end of an answer to the end of its turn marker, e.g. "<|im_end|>"; "" if there is none
+            (then the tokenizer's eos is appended to the last answer).
+        system: "native", or "folded" into the first user message.
+        reasoning: "native" (the template reads `reasoning_content`) or "inline" (`<think>` in the answer).
+        opener: what the generation prompt opens and rendered turns leave out, e.g. "<think>\\n"; mostly "".
+    """
+
+    closing: str
+    system: Literal["native", "folded"]
+    reasoning: Literal["native", "inline"]
+    opener: str
+
+
+class ChatTemplate:
+    """`tokenizer` speaking through one template. `source` is jinja text, or None for the tokenizer's own."""
+
+    def __init__(self, tokenizer: Any, source: str | None, name: str):
+        self.tokenizer, self.source, self.name = tokenizer, source, name
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the template's text."""
+        own = self.source if self.source is not None else repr(self.tokenizer.chat_template)
+        return hashlib.sha256(own.encode()).hexdigest()
+
+    @cached_property
+    def traits(self) -> Traits:
+        """Probed once. Raises `TemplateRefusal` for a template that can't render one question and one answer."""
+        return Traits(
+            closing=self._closing(),
+            system="native" if self._shows_system() else "folded",
+            reasoning="native" if self._shows_reasoning() else "inline",
+            opener=self._opener(),
+        )
+
+    def render(self, messages: Messages, tools: Any = None, generation_prompt: bool = False) -> str:
+        """The conversation as text."""
+        return self._render(self.adapt(messages), tools, generation_prompt)
+
+    def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
+        """Token ids of the conversation with the assistant's turn opened: what generation starts from."""
+        text = self.render(messages, tools, generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def adapt(self, messages: Messages) -> list[dict[str, Any]]:
+        """The messages as this template can express them."""
+        plain = [{key: m[key] for key in _KEPT if m.get(key) is not None} for m in messages]
+        for message in plain:
+            message.setdefault("content", "")
+        if self.traits.system == "folded":
+            plain = fold_system(plain)
+        if self.traits.reasoning == "inline":
+            plain = [inline_reasoning(m) for m in plain]
+        return plain
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any = None, generation_prompt: bool = False) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=self.source,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                    strftime_now=_DATE.strftime,
+                )
+            )
+        except Exception as error:  # jinja errors of any class, and Python errors inside a template
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise TemplateRefusal(
+                f"The chat template ({self.name}) refuses these messages (roles: {roles}): {error}. Change the row, or "
+                "give another template with --template FILE.jinja."
+            ) from error
+
+    def _try(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self._render(messages)
+        except TemplateRefusal:
+            return ""
+
+    def _closing(self) -> str:
+        text = self._render([_user("q"), {"role": "assistant", "content": _ANSWER}])
+        if text.count(_ANSWER) != 1:
+            raise TemplateRefusal(
+                f"The chat template ({self.name}) doesn't render an assistant's answer exactly once. Give another "
+                "template with --template FILE.jinja."
+            )
+        tail = text.partition(_ANSWER)[2]
+        marks = [(tail.find(t), len(t)) for t in _markers(self.tokenizer) if t and t in tail]
+        if not marks:
+            return tail.rstrip()
+        first = min(start for start, _ in marks)
+        return tail[: first + max(size for start, size in marks if start == first)]
+
+    def _shows_system(self) -> bool:
+        return _SYSTEM in self._try([{"role": "system", "content": _SYSTEM}, _user("q")])
+
+    def _shows_reasoning(self) -> bool:
+        answer = {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASON}
+        return _REASON in self._try([_user("q"), answer])
+
+    def _opener(self) -> str:
+        prompt = self._render([_user("q")], generation_prompt=True)
+        turn = self._render([_user("q"), {"role": "assistant", "content": _ANSWER}])
+        if turn.startswith(prompt):
+            return ""
+        reasoned = {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASON}
+        if self._try([_user("q"), reasoned]).startswith(prompt):
+            return ""  # rendered when there is reasoning
+        head = turn.partition(_ANSWER)[0].rstrip()
+        opener = prompt[len(head) :] if prompt.startswith(head) else ""
+        return opener.lstrip() if opener.strip() == "<think>" else ""
+
+
+def resolve_template(tokenizer: Any, spec: str | Path | None = None, kind: str = "chat") -> ChatTemplate:
+    """The template to speak through.
+
+    Args:
+        spec: None or "auto" (the tokenizer's own; without one `raw` for completion rows, else `plain`), "plain", "raw",
+            a jinja file, or jinja text.
+        kind: the rows' kind.
+    """
+    if spec in (None, "auto"):
+        if getattr(tokenizer, "chat_template", None):
+            return ChatTemplate(tokenizer, None, "the tokenizer's own")
+        spec = "raw" if kind == "completion" else "plain"
+    if spec in ("plain", "raw"):
+        return ChatTemplate(tokenizer, _with_bos(tokenizer, PLAIN if spec == "plain" else RAW), str(spec))
+    if isinstance(spec, str) and ("{%" in spec or "{{" in spec):
+        return ChatTemplate(tokenizer, spec, "jinja text")
+    path = Path(str(spec))
+    if not path.is_file():
+        raise BadInput(f"Template file {path} not found. Give a jinja file, 'plain', 'raw' or 'auto'.")
+    return ChatTemplate(tokenizer, path.read_text(encoding="utf-8"), path.name)
+
+
+def fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A leading system message put in front of the first user message, two newlines between."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
+    system, *rest = messages
+    for i, message in enumerate(rest):
+        if message["role"] == "user":
+            rest[i] = {**message, "content": f"{system['content']}\n\n{message['content']}"}
+            return rest
+    return [_user(system["content"]), *rest]
+
+
+def inline_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """`reasoning_content` moved into the content as a `<think>` block."""
+    reasoning = message.get("reasoning_content")
+    if not reasoning:
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**rest, "content": f"<think>\n{reasoning.strip()}\n</think>\n\n{message['content']}"}
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _markers(tokenizer: Any) -> set[str]:
+    return {*tokenizer.all_special_tokens, *getattr(tokenizer, "added_tokens_encoder", {})}
+
+
+def _with_bos(tokenizer: Any, source: str) -> str:
+    """The built-in template, begun by the bos token where the tokenizer itself would add one."""
+    if tokenizer.eos_token is None:
+        raise BadInput("The tokenizer has no end-of-sequence token, so no answer could end. Set `tokenizer.eos_token`.")
+    ids = tokenizer("a")["input_ids"]
+    adds = tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+    return ("{{ bos_token }}" if adds else "") + source
