@@ -1,0 +1,220 @@
+"""The full tuner: what moves, what stays bit-exact under any optimizer, and that loading gives the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pegbox.errors import BadInput, Corrupt, Unsupported, WrongBase
+from pegbox.parts.allocation import Allocation, Entries, Frozen, PerTensor, Units, Whole
+from pegbox.parts.context import Context
+from pegbox.testing import tiny_llama
+from pegbox.tuners import TUNER
+from pegbox.tuners.full import Full, full_state
+
+UP, DOWN, Q = (f"model.layers.0.{n}.weight" for n in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj"))
+IDS = torch.arange(24).view(2, 12)
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+def some_entries() -> Allocation:
+    index = torch.tensor([0, 3, 17, 2047], dtype=torch.int32)
+    return Allocation({UP: Entries(index), DOWN: Units(1, torch.tensor([2, 5])), Q: Whole()})
+
+
+def train(model, steps=3, optimizer="adamw", clip=1.0):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    stepper = OPTIMIZERS[optimizer](parameters)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        stepper.step()
+        stepper.zero_grad()
+    return stepper
+
+
+def moved(model, base) -> dict[str, torch.Tensor]:
+    before = dict(base.named_parameters())
+    return {name: p != before[name] for name, p in model.named_parameters() if (p != before[name]).any()}
+
+
+def test_everything_trains_without_a_selection(llama):
+    Full().attach(llama, None, Context(llama))
+    assert all(p.requires_grad for p in llama.parameters())
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_only_what_was_selected_moves(llama, optimizer):
+    Full().attach(llama, some_entries(), Context(llama))
+    train(llama, optimizer=optimizer)
+    changed = moved(llama, tiny_llama())
+    assert set(changed) == {UP, DOWN, Q}
+    assert changed[UP].flatten().nonzero().flatten().tolist() == [0, 3, 17, 2047]
+    assert changed[DOWN].any(dim=0).nonzero().flatten().tolist() == [2, 5]
+    assert changed[DOWN][:, [2, 5]].all()
+
+
+def test_gradient_at_selected_entries_is_full_tunings(llama):
+    model = llama.double()
+    Full().attach(model, None, Context(model))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    full = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    Full().attach(model, some_entries(), Context(model))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(grads) == {UP, DOWN, Q}
+    assert torch.equal(grads[Q], full[Q])
+    assert torch.equal(grads[UP].flatten()[[3, 17]], full[UP].flatten()[[3, 17]])
+    assert grads[UP].count_nonzero() <= 4
+    assert torch.equal(grads[DOWN][:, 5], full[DOWN][:, 5])
+
+
+def test_a_nan_in_a_held_entry_goes_nowhere(llama):
+    Full().attach(llama, some_entries(), Context(llama))
+    parameter = llama.get_parameter(UP)
+    poison = torch.zeros_like(parameter)
+    poison.view(-1)[1] = float("nan")
+    (parameter * poison).sum().backward()
+    assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("allocation", [None, some_entries()], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_save_and_load_are_bit_exact(tmp_path, allocation, dtype):
+    model = tiny_llama().to(dtype)
+    Full().attach(model, allocation, Context(model))
+    train(model, optimizer="sgd_momentum")
+    entry = Full().save(model, tmp_path)
+    fresh = Full().load(tiny_llama().to(dtype), tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, fresh.get_parameter(name)), name
+    assert entry["tensors"] == (len(list(model.parameters())) if allocation is None else 3)
+    if allocation is not None:
+        assert entry["entries"] == 4 + 2 * 32 + 32 * 32
+
+
+def test_loading_for_training_goes_on_with_the_same_selection(tmp_path, llama):
+    Full().attach(llama, some_entries(), Context(llama))
+    train(llama)
+    Full().save(llama, tmp_path)
+    again = Full().load(tiny_llama(), tmp_path, trainable=True)
+    assert full_state(again).allocation.digest() == full_state(llama).allocation.digest()
+    train(again)
+    assert set(moved(again, tiny_llama())) == {UP, DOWN, Q}
+
+
+def test_another_selection_adds_to_what_is_saved(tmp_path, llama):
+    first = Allocation({UP: Entries(torch.tensor([1, 4])), Q: Whole()})
+    second = Allocation({UP: Entries(torch.tensor([4, 9])), DOWN: Units(0, torch.tensor([1]))})
+    Full().attach(llama, first, Context(llama))
+    train(llama)
+    at_switch = llama.get_parameter(UP).detach().clone()
+    Full().attach(llama, second, Context(llama))
+    assert not llama.get_parameter(Q).requires_grad
+    train(llama)
+    changed_since = (llama.get_parameter(UP) != at_switch).flatten().nonzero().flatten().tolist()
+    assert changed_since == [4, 9]
+    touched = full_state(llama).touched
+    assert touched[UP].index.tolist() == [1, 4, 9]
+    Full().save(llama, tmp_path)
+    fresh = Full().load(tiny_llama(), tmp_path)
+    assert all(torch.equal(p, fresh.get_parameter(n)) for n, p in llama.named_parameters())
+
+
+def test_tied_weights_are_one_tensor(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    Full().attach(model, Allocation({"lm_head.weight": Whole()}), Context(model))
+    assert list(full_state(model).allocation) == ["model.embed_tokens.weight"]
+    train(model)
+    Full().save(model, tmp_path)
+    fresh = Full().load(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(0, 2047), min_size=1, max_size=200))
+def test_any_index_set_holds_the_rest(tmp_path_factory, positions):
+    model = tiny_llama(num_hidden_layers=1)
+    index = torch.tensor(sorted(positions))
+    Full().attach(model, Allocation({UP: Entries(index)}), Context(model))
+    train(model, steps=1, optimizer="sgd_momentum")
+    before = tiny_llama(num_hidden_layers=1).get_parameter(UP).flatten()
+    keep = torch.ones(2048, dtype=torch.bool)
+    keep[index] = False
+    after = model.get_parameter(UP).flatten()
+    assert torch.equal(after[keep], before[keep])
+
+
+def test_optimizer_state_covers_the_updated_tensors_only(llama):
+    allocation = Allocation({UP: Whole(), Q: Whole()})
+    Full().attach(llama, allocation, Context(llama))
+    stepper = train(llama)
+    updated = 64 * 32 + 32 * 32
+    held = sum(s.numel() * s.element_size() for st_ in stepper.state.values() for s in st_.values() if s.ndim)
+    assert held == 2 * 4 * updated
+    assert sum(p.grad is not None or p.requires_grad for p in llama.parameters()) == 2
+
+
+@pytest.mark.parametrize(
+    ("allocation", "error", "says"),
+    [
+        (Allocation({"model.layers.0.mlp.up.weight": Whole()}), BadInput, "which this model has not"),
+        (Allocation({UP: Frozen()}), BadInput, "selection is empty"),
+        (Allocation({UP: Entries(torch.tensor([], dtype=torch.int32))}), BadInput, "selection is empty"),
+        (Allocation({UP: Entries(torch.tensor([5, 2]))}), BadInput, "sorted, unique"),
+        (Allocation({UP: Entries(torch.tensor([99999]))}), BadInput, "within a tensor of 2048"),
+        (Allocation({UP: Units(2, torch.tensor([0]))}), BadInput, "axis 2"),
+        (Allocation({UP: PerTensor("codec", {})}), BadInput, "takes whole tensors"),
+    ],
+)
+def test_selections_that_cannot_be_held_are_refused(llama, allocation, error, says):
+    with pytest.raises(error, match=says):
+        Full().attach(llama, allocation, Context(llama))
+
+
+def test_packed_weights_are_refused(llama):
+    module = llama.model.layers[0].mlp.up_proj
+    module.weight = torch.nn.Parameter(torch.zeros(64, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(Unsupported, match="packed weights"):
+        Full().attach(llama, Allocation({UP: Whole()}), Context(llama))
+
+
+def test_there_is_no_reference_view(llama):
+    assert not Full.reference_view
+    with pytest.raises(Unsupported, match="frozen copy"):
+        Full().reference(llama)
+
+
+def test_wrong_bases_and_broken_files_are_refused(tmp_path, llama):
+    with pytest.raises(BadInput, match="nothing to save"):
+        Full().save(llama, tmp_path)
+    Full().attach(llama, some_entries(), Context(llama))
+    Full().save(llama, tmp_path)
+    other = tiny_llama(hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    with pytest.raises(WrongBase, match=r"shape .* in this base and .* in the update"):
+        Full().load(other, tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
+    with pytest.raises(WrongBase, match="which this base has not"):
+        Full().load(torch.nn.Linear(2, 2), tmp_path)
+    path = tmp_path / "values.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(Corrupt, match="truncated"):
+        Full().load(tiny_llama(), tmp_path)
+
+
+def test_it_is_on_the_axis_and_validates():
+    assert isinstance(TUNER.validate("full"), Full)
+    with pytest.raises(BadInput, match="Unknown key"):
+        TUNER.validate({"kind": "full", "rank": 3})
+    assert json.loads(Full().model_dump_json()) == {"kind": "full"}
