@@ -1,0 +1,133 @@
+"""Evaluation during training: the objective's value on the evaluation set, and whatever an evaluator returns.
+
+Random state, train/eval modes and gradients are as before afterwards, so that evaluating changes nothing. The best
+value so far decides on the best checkpoint and on stopping early; both survive a resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pegbox.engine.distributed import gather_rows, rank, world
+from pegbox.engine.packing import restore_random, take_random
+from pegbox.engine.settings import TrainSettings
+from pegbox.engine.signals import Interrupted, StopRequest
+from pegbox.errors import BadInput, did_you_mean
+
+__all__ = ["Evaluating", "Evaluator", "eval_batches"]
+
+Evaluator = Callable[[nn.Module], Mapping[str, float]]
+_log = logging.getLogger(__name__)
+
+
+def eval_batches(dataset: Any, collate: Callable[..., Any], size: int, *, split: bool = True) -> Iterator[Any]:
+    """Collated evaluation batches of this process, in order.
+
+    With `split`, processes take turns; where a forward is a collective call (sharding) everyone sees every batch.
+    """
+    starts = list(range(0, len(dataset), size))
+    mine = starts[rank() :: world()] if split else starts
+    for start in mine:
+        yield collate([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+
+
+class Evaluating:
+    """Mixin: `evaluate` of the trainer by pegbox's rules. Attributes set by whoever makes the trainer."""
+
+    train_settings: TrainSettings
+    evaluator: Evaluator | None
+    stop_request: StopRequest
+    pending_evaluation: bool = False
+    since_best: int = 0
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """All metrics as {"eval_<name>": value}; {} if it was left because the run is to stop."""
+        began, numbers = time.perf_counter(), take_random()
+        modes = [(m, m.training) for m in self.model.modules()]
+        try:
+            metrics = self._measure(eval_dataset if eval_dataset is not None else self.eval_dataset)
+            self.pending_evaluation = False
+        except Interrupted:
+            self.pending_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        finally:
+            self.stop_request.interruptible = False
+            restore_random(numbers)
+            for module, mode in modes:
+                module.training = mode
+        named = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
+        self.log({**named, f"{metric_key_prefix}_seconds": time.perf_counter() - began})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def _measure(self, dataset: Any) -> dict[str, float]:
+        self.stop_request.check()
+        self.stop_request.interruptible = True
+        metrics: dict[str, float] = {}
+        if dataset is not None and len(dataset):
+            loss = self._objective_loss(dataset)
+            if loss is not None:
+                metrics["loss"] = loss
+        if self.evaluator is not None:
+            self.model.eval()
+            with torch.no_grad():
+                found = self.evaluator(self.model)
+            values = torch.tensor([float(v) for v in found.values()], dtype=torch.float64)
+            values = gather_rows(values.unsqueeze(0))[0]  # all processes decide on the first one's values
+            metrics |= dict(zip(found, values.tolist()))
+        self.stop_request.interruptible = False
+        self.stop_request.check()
+        return metrics
+
+    def _objective_loss(self, dataset: Any) -> float | None:
+        if self.owns_loss:  # the trainer's own evaluation, e.g. DPO's
+            return self._host_loss(dataset)
+        size = self.train_settings.eval_batch or self.args.per_device_train_batch_size
+        split = self.sharding == "none"
+        return self.evaluate_objective(
+            lambda: eval_batches(dataset, self.data_collator, size, split=split), self.stop_request.check, split
+        )
+
+    def _host_loss(self, dataset: Any) -> float | None:
+        log, self.log = self.log, lambda *_, **__: None  # its record would come without our fields
+        try:
+            return super().evaluate(dataset, metric_key_prefix="eval").get("eval_loss")  # type: ignore[misc]
+        finally:
+            self.log = log
+
+    def _determine_best_metric(self, metrics: Mapping[str, float] | None, trial: Any = None) -> bool:
+        """Update the best value; asks for a checkpoint where the best is to be kept."""
+        if not metrics:
+            return False
+        name = f"eval_{self.train_settings.metric}"
+        if name not in metrics:
+            known = [m.removeprefix("eval_") for m in metrics]
+            raise BadInput(
+                f"metric '{self.train_settings.metric}' is not among those measured.{did_you_mean(name, known)}"
+            )
+        value, best = metrics[name], self.state.best_metric
+        better = math.isfinite(value) and (
+            best is None or (value > best if self.train_settings.rising else value < best)
+        )
+        self.since_best = 0 if better else self.since_best + 1
+        if better:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            if self.train_settings.select == "best":
+                self.control.should_save = True
+        patience = self.train_settings.early_stopping
+        if patience is not None and self.since_best >= patience:
+            self.stopped_early = True
+            self.control.should_training_stop = True
+        return better
+
+    stopped_early: bool = False

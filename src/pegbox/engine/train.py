@@ -1,0 +1,407 @@
+"""`train_stage`: one training of one prepared model, from the first step to the last, resumable at any moment.
+
+    settings, data, objective, step -> trainer with the mixins -> checkpoints/, log.jsonl, the model as it ends
+
+Linear on purpose: what is checked, what is built, what runs, what is left. It knows no method and no recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pegbox.data.base import DataPolicy
+from pegbox.engine.batches import RowStream, StepBatches, length_of, steps_for_tokens, train_loader
+from pegbox.engine.callbacks import Hooks, Listener, Schedule
+from pegbox.engine.checkpoint import CheckpointStore
+from pegbox.engine.distributed import barrier, check_same_on_ranks, checksum, is_main, rank, shard, world
+from pegbox.engine.evaluation import Evaluator
+from pegbox.engine.hosts import arguments_class, trainer_class
+from pegbox.engine.log import LogRecord, LogWriter
+from pegbox.engine.microbatch import Probe, choose_micro_batch
+from pegbox.engine.resume import BufferWatch
+from pegbox.engine.seams import check_step
+from pegbox.engine.settings import TrainSettings
+from pegbox.engine.signals import Interrupted, StopRequest
+from pegbox.errors import BadInput, RunFailed, Stopped, Unsupported
+from pegbox.objectives.base import Objective
+from pegbox.optim.base import Step
+from pegbox.parts.context import Context, seed_of
+from pegbox.parts.files import read_json, write_json
+from pegbox.parts.metering import optimizer_state_bytes, parameter_counts
+from pegbox.parts.results import Cost
+from pegbox.parts.view import ModelView
+
+__all__ = ["TrainOutcome", "train_stage"]
+
+
+@dataclass
+class TrainOutcome:
+    """What a stage's training gave.
+
+    Args:
+        status: "finished" or "stopped_early".
+        steps: finished optimizer steps (the model holds the best ones' weights if `select` was best).
+        log: every record of this session, as dicts.
+        cost: what it used.
+        best: {"step", "metric", "value"} of the best evaluation, if there was one.
+        states: the components' states at the end: "objective", "step", "data.0", ...
+    """
+
+    status: str
+    steps: int
+    log: list[dict[str, Any]] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+    best: dict[str, Any] | None = None
+    states: dict[str, Any] = field(default_factory=dict)
+
+
+class _LogListener(Listener):
+    def __init__(self, writer: LogWriter):
+        self.writer = writer
+
+    def record(self, record: LogRecord) -> None:
+        self.writer.write(record)
+
+
+def train_stage(
+    model: nn.Module,
+    view: ModelView | Callable[[nn.Module], ModelView] | None,
+    train_set: Sequence[Any],
+    eval_set: Sequence[Any] | None,
+    collator: Callable[[list[Any]], Any] | None,
+    objective: Objective,
+    step: Step,
+    policies: Sequence[DataPolicy],
+    settings: TrainSettings,
+    out: Path,
+    ctx: Context,
+    callbacks: Sequence[Any] = (),
+    evaluator: Evaluator | None = None,
+    resume: bool = False,
+    *,
+    rewards: Sequence[Callable[..., Any]] = (),
+    identity: Any = None,
+    selection_digest: str | None = None,
+) -> TrainOutcome:
+    """Train `model` in place.
+
+    Args:
+        model: what trains (tuner attached); parameters that require a gradient are trained.
+        view: its view, or a function from model to view (None where the host makes the loss).
+        train_set, eval_set: encoded examples, by position; for hosts of TRL their datasets.
+        collator: examples -> batch; a batch's "sample_ids" are positions in `train_set`.
+        callbacks: any of `Schedule`, `Listener`, transformers' `TrainerCallback`.
+        evaluator: model -> {metric: value}, called in every process.
+        resume: go on from the newest complete checkpoint in `out/checkpoints`, if there is one.
+        rewards: TRL reward functions, for a policy objective.
+        identity: JSON that must be the same on resuming, beside the settings (recipe, data, base).
+        selection_digest: compared between processes before anything is wrapped.
+
+    Raises:
+        BadInput: settings changed since the checkpoint, checkpoints present without `resume`, empty data.
+        Unsupported: a step that can't work with this objective or sharding.
+        RunFailed: a loss that is not finite, a checkpoint that can't be written.
+        Stopped: SIGTERM; a checkpoint was written.
+        DoesNotFit: out of memory, with what would fit.
+    """
+    check_step(objective, step)
+    _check_sharding(settings, step)
+    check_same_on_ranks(selection_digest or "", "the selection")
+    store = CheckpointStore(out / "checkpoints", settings.save_total_limit)
+    newest = _newest(store, resume)
+    stop = StopRequest()
+    with stop:
+        stage = _Stage(model, view, train_set, eval_set, collator, objective, step, policies, settings, out, ctx)
+        stage.rewards = list(rewards)
+        stage.build(callbacks, evaluator, store, stop, identity, newest)
+        return stage.run(newest)
+
+
+def _check_sharding(settings: TrainSettings, step: Step) -> None:
+    if settings.sharding == "full" and (not step.needs_backward or type(step).estimate is not Step.estimate):
+        raise Unsupported(f"optim '{step.kind}' works on whole weights; it can't be used with sharding 'full'.")
+
+
+def _newest(store: CheckpointStore, resume: bool) -> Path | None:
+    """The checkpoint to go on from: the main process looks and moves broken ones aside, then all look."""
+    if not resume:
+        if is_main():
+            store.refuse_if_any()
+        barrier()
+        return None
+    found = store.newest() if is_main() else None
+    barrier()
+    return found if is_main() else store.newest()
+
+
+class _Stage:
+    """The pieces of one `train_stage` call, built in order."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: Any,
+        train_set: Any,
+        eval_set: Any,
+        collator: Any,
+        objective: Objective,
+        step: Step,
+        policies: Sequence[DataPolicy],
+        settings: TrainSettings,
+        out: Path,
+        ctx: Context,
+    ):
+        self.model, self.view, self.train_set, self.eval_set, self.collator = model, view, train_set, eval_set, collator
+        self.objective, self.step, self.policies = objective, step, policies
+        self.settings, self.out, self.ctx = settings, out, ctx
+        self.own_data = objective.host == "supervised"
+        self.rewards: list[Callable[..., Any]] = []
+        self.batches: StepBatches | None = None
+        self.probe = Probe()
+
+    # ---- building
+
+    def build(
+        self,
+        callbacks: Sequence[Any],
+        evaluator: Evaluator | None,
+        store: CheckpointStore,
+        stop: StopRequest,
+        identity: Any,
+        newest: Path | None,
+    ) -> None:
+        from transformers import PrinterCallback, TrainerCallback
+
+        if self.settings.gradient_checkpointing:
+            _enable_checkpointing(self.model, self.settings)
+        self.trainer = self._trainer()
+        trainer = self.trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.train_settings, trainer.evaluator, trainer.stop_request = self.settings, evaluator, stop
+        trainer.store, trainer.watch = store, BufferWatch(self.model)
+        check_same_on_ranks(checksum(self.model), "the initial weights")
+        if self.own_data:
+            self._data(newest)
+        if self.settings.sharding == "full":
+            trainer.shell = shard(self.model, trainer.args.device.type)
+        trainer.settings = {"train": self.settings.pinned(), "world": world(), "identity": identity}
+        schedules = [c for c in callbacks if isinstance(c, Schedule)]
+        listeners = [c for c in callbacks if isinstance(c, Listener)]
+        others = [c for c in callbacks if isinstance(c, TrainerCallback)]
+        unknown = [c for c in callbacks if c not in schedules and c not in listeners and c not in others]
+        if unknown:
+            raise TypeError(f"callbacks must be Schedule, Listener or TrainerCallback, got {unknown[0]!r}")
+        if is_main():
+            at = int(newest.name.rsplit("-", 1)[1]) if newest is not None else None
+            listeners = [_LogListener(LogWriter(self.out / "log.jsonl", at)), *listeners]
+        self.hooks = Hooks(trainer, schedules, listeners, stop, self._row_names, max(1, len(self.train_set)))
+        for callback in (*others, self.hooks):
+            trainer.add_callback(callback)
+        trainer.extra = {"hooks": self.hooks, **self._stateful_sampler()}
+
+    def _trainer(self) -> Any:
+        host, settings = self.objective.host, self.settings
+        fields = dict(settings.train)
+        fields.setdefault("ddp_broadcast_buffers", False)
+        if not self.own_data:
+            fields |= self._host_fields()
+        arguments = arguments_class(host)(
+            output_dir=str(self.out / "checkpoints"),
+            learning_rate=self.step.lr,
+            max_grad_norm=self.step.max_grad_norm,
+            use_cpu=settings.device == "cpu",
+            seed=settings.seed % 2**32,
+            report_to=list(settings.tracker),
+            disable_tqdm=True,
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            ignore_data_skip=self.own_data,
+            **fields,
+        )
+        if settings.device == "cuda" and arguments.device.type != "cuda":
+            raise BadInput(
+                "device 'cuda' was asked for and no GPU is visible. Use --device cpu, or see `pegbox doctor`."
+            )
+        extra = {} if self.own_data else self._host_inputs()
+        return trainer_class(host)(
+            model=self.model,
+            args=arguments,
+            train_dataset=self.train_set,
+            eval_dataset=self.eval_set,
+            objective=self.objective,
+            step=self.step,
+            policies=self.policies,
+            view=self.view,
+            ctx=self.ctx,
+            sharding=settings.sharding,
+            precision=settings.precision,
+            loader=self._loader if self.own_data else None,
+            **({"data_collator": self.collator} if self.collator is not None else {}),
+            **extra,
+        )
+
+    def _host_fields(self) -> dict[str, Any]:
+        """Arguments of a trainer that has its own data loader and loss."""
+        settings = self.settings
+        if settings.tokens is not None:
+            raise Unsupported(f"Objective '{self.objective.kind}' counts steps or epochs, not tokens.")
+        micro = settings.micro_batch if settings.micro_batch != "auto" else math.ceil(settings.batch / world())
+        accumulation = max(1, settings.batch // (int(micro) * world()))
+        own = getattr(self.objective, "options", dict)()
+        return {
+            "per_device_train_batch_size": micro,
+            "per_device_eval_batch_size": settings.eval_batch or micro,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": settings.steps or -1,
+            "num_train_epochs": settings.epochs or 1.0,
+            "bf16": settings.precision == "bf16",
+            **own,
+        }
+
+    def _host_inputs(self) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"processing_class": self.ctx.tokenizer}
+        if self.objective.host == "policy":
+            if not self.rewards:
+                raise BadInput(f"Objective '{self.objective.kind}' needs a reward; none was given for this data.")
+            inputs["reward_funcs"] = self.rewards
+        return inputs
+
+    # ---- data
+
+    def _data(self, newest: Path | None) -> None:
+        settings, trainer = self.settings, self.trainer
+        if self.collator is None:
+            raise TypeError("a supervised objective needs a collator")
+        lengths = [length_of(self.train_set[i]) for i in range(len(self.train_set))]
+        stream = RowStream(len(self.train_set), settings.seed)
+        total = self._total_steps(stream, lengths)
+        trainer.setup_components(total)
+        samplers = [
+            p.sampler(trainer.states[f"data.{i}"], self.train_set, self.ctx) for i, p in enumerate(self.policies)
+        ]
+        samplers = [s for s in samplers if s is not None]
+        if len(samplers) > 1:
+            raise Unsupported(f"{len(samplers)} data policies want to order the rows; only one can.")
+        stream.sampler = samplers[0] if samplers else None
+        total = self._total_steps(stream, lengths)
+        self.ctx.total_steps = total
+        micro = self._micro_batch(lengths, newest)
+        self.batches = StepBatches(stream, settings.batch, micro, total, rank(), world())
+        self.batches.first = lambda: trainer.state.global_step
+        trainer.args.max_steps, trainer.args.num_train_epochs = total, 1
+        trainer.args.gradient_accumulation_steps = self.batches.accumulation
+        trainer.args.per_device_train_batch_size = trainer._train_batch_size = self.batches.micro
+
+    def _total_steps(self, stream: RowStream, lengths: Sequence[int]) -> int:
+        settings = self.settings
+        if settings.steps is not None:
+            return settings.steps
+        if settings.tokens is not None:
+            return steps_for_tokens(stream, lengths, settings.batch, settings.tokens)
+        assert settings.epochs is not None
+        return max(1, math.ceil(settings.epochs * len(self.train_set) / settings.batch - 1e-9))
+
+    def _micro_batch(self, lengths: Sequence[int], newest: Path | None) -> int:
+        """The rows per forward: given, remembered from before the resume, or tried out."""
+        kept = self.out / "micro_batch.json"
+        if newest is not None and kept.is_file():
+            remembered = read_json(kept)
+            self.probe = Probe(**remembered)
+            return self.probe.micro
+        self.probe = choose_micro_batch(
+            self.trainer, self.train_set, self.eval_set, lengths, self.collator, self.settings
+        )
+        if is_main():
+            write_json(kept, self.probe.as_json())
+        barrier()
+        return self.probe.micro
+
+    def _loader(self) -> Any:
+        assert self.batches is not None
+        args, device = self.trainer.args, self.trainer.args.device
+        return train_loader(
+            self.train_set, self.batches, self.collator, args.dataloader_num_workers, device.type == "cuda"
+        )
+
+    def _stateful_sampler(self) -> dict[str, Any]:
+        sampler = self.batches.stream.sampler if self.batches is not None else None
+        return {"sampler": sampler} if hasattr(sampler, "load_state_dict") else {}
+
+    def _row_names(self, ids: Sequence[int]) -> list[str]:
+        """Stable row ids for positions in the training set, where its examples carry one."""
+        names = []
+        for i in ids:
+            example = self.train_set[i] if 0 <= i < len(self.train_set) else {}
+            names.append(str(example.get("row_id", i)) if hasattr(example, "get") else str(i))
+        return names
+
+    # ---- running
+
+    def run(self, newest: Path | None) -> TrainOutcome:
+        trainer = self.trainer
+        torch.manual_seed(seed_of(self.settings.seed, "train", rank()))
+        try:
+            trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
+        except Interrupted:
+            trainer.is_in_train = False
+        steps = trainer.state.global_step
+        if trainer.stop_request.requested and (steps < trainer.state.max_steps or trainer.pending_evaluation):
+            raise Stopped(
+                f"Stopped on request after step {steps} of {trainer.state.max_steps}; the checkpoint is "
+                f"{trainer.store.folder(steps)}. Go on with --resume."
+            )
+        if self.settings.select == "best" and not trainer.load_best():
+            raise RunFailed("select: best was asked for and no evaluation gave a value. Give eval_every and data.")
+        status = "stopped_early" if trainer.stopped_early else "finished"
+        outcome = TrainOutcome(status, steps, cost=self._cost(), best=self._best(), states=trainer.states)
+        self.hooks.tell(LogRecord(event="end", step=steps, text=status, seconds=self.hooks.clock.seconds))
+        outcome.log = [json.loads(r.model_dump_json(exclude_none=True)) for r in self.hooks.history]
+        return outcome
+
+    def _best(self) -> dict[str, Any] | None:
+        state = self.trainer.state
+        if state.best_metric is None:
+            return None
+        return {"step": state.best_global_step, "metric": self.settings.metric, "value": state.best_metric}
+
+    def _cost(self) -> Cost:
+        trainer = self.trainer
+        trained, total = parameter_counts(self.model)
+        device = trainer.args.device
+        peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        flops = self.probe.flops_per_position
+        return Cost(
+            trainable_parameters=trained,
+            total_parameters=total,
+            optimizer_state_bytes=optimizer_state_bytes(optimizer) if optimizer is not None else 0,
+            peak_saved_bytes=self.probe.saved_bytes,
+            peak_device_bytes=peak,
+            training_flops=int(flops * trainer.positions_seen) if flops is not None else None,
+            training_tokens=trainer.tokens_seen,
+            steps=trainer.state.global_step,
+            seconds=self.hooks.clock.seconds,
+        )
+
+
+def _enable_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise Unsupported(f"{type(model).__name__} has no gradient checkpointing; train without it.")
+    enable(
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            **settings.train.get("gradient_checkpointing_kwargs", {}),
+        }
+    )
