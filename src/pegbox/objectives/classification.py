@@ -57,9 +57,9 @@ class Classification(Objective):
         yield "classification", per_row.sum() / rows
         with torch.no_grad():
             hit = (logits.argmax(-1) == labels).sum()
-            here = (labels != IGNORE).sum().clamp(min=1)
-            yield "_accuracy", hit / here
-            yield "_sample_ce", per_row.detach()
+            yield "_accuracy", hit / (labels != IGNORE).sum().clamp(min=1)
+            if batch.get("sample_ids") is not None:
+                yield "_sample_ce", per_row.detach()
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
         classes = logits.shape[-1]

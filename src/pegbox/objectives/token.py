@@ -55,7 +55,8 @@ class PerToken:
     terms: list[Tensor]
     ref_logp: Tensor | None
     weights: Tensor | None
-    valid: Tensor  # (B, T) where the tokens stand
+    sample: Tensor | None  # which entry of the batch's sample_ids each token belongs to
+    samples: int
 
 
 def valid_tokens(batch: Batch) -> Tensor:
@@ -67,18 +68,23 @@ def valid_tokens(batch: Batch) -> Tensor:
 
 
 def row_weights(batch: Batch, valid: Tensor) -> Tensor | None:
-    """(n,) the weight of each valid token's row (or its own, for (B, T) weights); None where all are 1."""
+    """(n,) the weight of each valid token's sample; None where the batch has none."""
     weights = batch.get("sample_weight")
-    if weights is None:
-        return None
-    return (weights if weights.ndim == 2 else weights[:, None]).expand(valid.shape)[valid]
+    return None if weights is None else weights.to(valid.device)[_sample_of(batch, valid)]
 
 
-def sample_means(values: Tensor, valid: Tensor) -> Tensor:
-    """(B,) the mean over each row's valid tokens of (n,) values; 0 where a row has none."""
-    counts = valid.sum(-1)
-    row = torch.repeat_interleave(torch.arange(valid.shape[0], device=valid.device), counts)
-    return values.new_zeros(valid.shape[0]).index_add_(0, row, values) / counts.clamp(min=1)
+def sample_means(values: Tensor, sample: Tensor, count: int) -> Tensor:
+    """(S,) the mean of (n,) values over each of `count` samples; 0 where a sample has none. `sample`: (n,)."""
+    total = values.new_zeros(count).index_add_(0, sample, values)
+    return total / values.new_zeros(count).index_add_(0, sample, torch.ones_like(values)).clamp(min=1)
+
+
+def _sample_of(batch: Batch, valid: Tensor) -> Tensor:
+    """(n,) which entry of `sample_ids` each valid token belongs to: its row, or its packed sequence."""
+    rows = batch.get("sequence_ids")
+    if rows is None:
+        rows = torch.arange(valid.shape[0], device=valid.device)[:, None].expand(valid.shape)
+    return rows.to(valid.device)[valid]
 
 
 @OBJECTIVE.register
@@ -140,7 +146,9 @@ class Tokens(Objective):
         trains = head_trains(view)
         loss, logp, *rest = walk(rows, fold, vocabulary=vocabulary, head_trains=trains, chunk=self.chunk)
         values, ref_logp = rest[: len(terms)], rest[len(terms)] if len(rest) > len(terms) else None
-        return PerToken(loss, logp, values, ref_logp, row_weights(batch, valid), valid)
+        samples = 0 if batch.get("sample_ids") is None else len(batch["sample_ids"])
+        sample = _sample_of(batch, valid) if samples else None
+        return PerToken(loss, logp, values, ref_logp, row_weights(batch, valid), sample, samples)
 
     def _fold(
         self, logits: Tensor, targets: Tensor, terms: list[tuple[TokenTerm, Any]], part: slice
@@ -175,7 +183,8 @@ class Tokens(Objective):
             yield "_rare", (p < RARE).sum() / by
         for term, value in zip((t for t in self.terms if _acts(t)), tokens.terms):
             yield f"_{term.kind}", value.sum() / by
-        yield "_sample_ce", sample_means(-tokens.logp, tokens.valid)
+        if tokens.sample is not None:
+            yield "_sample_ce", sample_means(-tokens.logp, tokens.sample, tokens.samples)
 
     def divisor(self, tokens: PerToken, totals: Mapping[str, Tensor]) -> Tensor:
         """What a sum over this micro-batch is divided by. A step without any valid token divides by 1 and warns."""

@@ -1,0 +1,6 @@
+"""Preparations of a base. Importing this package registers the built-in kinds."""
+
+from pegbox.prepare import add_token
+from pegbox.prepare.base import PREPARE, Preparation
+
+__all__ = ["PREPARE", "Preparation", "add_token"]
