@@ -6,21 +6,41 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from pegbox.errors import BadInput
 from pegbox.parts.allocation import Allocation
 from pegbox.parts.component import Axis, Component
+from pegbox.parts.indexsets import Budget
 
 __all__ = ["SELECT", "Schedule", "Selector"]
 
 
 class Schedule(BaseModel):
-    """When a selection is done again: before every `every`-th optimizer step (never, if None)."""
+    """When a selection is done again: before every `every`-th optimizer step (never, if None).
+
+    mode: "dynamic" (chosen anew, the set keeps its size), "fixed" (never again), "accumulative" (as many again are
+    added each time and none leaves, up to `limit`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     every: Annotated[int, Field(ge=1)] | None = None
     mode: Literal["dynamic", "fixed", "accumulative"] = "dynamic"
+    limit: Budget | None = None  # how many entries an accumulative selection may reach
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        if self.mode == "accumulative" and (self.limit is None or self.every is None):
+            raise BadInput("An accumulative schedule needs 'every' and a 'limit' (a budget that it grows to).")
+        if self.mode != "accumulative" and self.limit is not None:
+            raise BadInput(f"A '{self.mode}' schedule does not grow, so 'limit' has no meaning. Leave it out.")
+        return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything is chosen again."""
+        return self.every is not None and self.mode != "fixed"
 
 
 class Selector(Component):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import re
 import typing
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -78,7 +79,7 @@ class PeftTuner(Tuner):
             if key not in hints:
                 raise BadInput(f"Unknown key 'tuner.{key}' for {kind}.{did_you_mean(key, hints)}")
             options[key] = _checked(f"tuner.{key}", value, hints[key])
-        _construct(kind, options)  # PEFT's own cross-checks
+        _construct(kind, {**_known_later(hints), **options})  # PEFT's own cross-checks
         return {"kind": kind, **options}
 
     @property
@@ -103,30 +104,21 @@ class PeftTuner(Tuner):
                 changes[key] = resolve_targets(model, self.options[key])
         if self.options.get("task_type") is None and "task_type" in hints:
             changes["task_type"] = task_type_of(model)
+        if "total_step" in hints and self.options.get("total_step") is None:
+            changes["total_step"] = max(ctx.total_steps, 1)
         return attach_peft(model, self.config(**changes))
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         return model.disable_adapter()
 
     def save(self, model: nn.Module, folder: Path) -> dict[str, Any]:
-        name = model.active_adapter
-        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
-        _flatten(folder, str(name))
-        return {"peft_type": self.kind, "files": sorted(path.name for path in folder.iterdir())}
+        return save_peft(model, folder)
 
     def load(self, model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
-        from peft import PeftModel
-
-        written = read_adapter_config(folder)
-        if str(written.get("peft_type", "")).lower() != self.kind:
-            raise Corrupt(f"{folder} holds a '{written.get('peft_type')}' adapter, not '{self.kind}'.")
-        verify_adapter_files(folder)
-        try:
-            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise Corrupt(f"{folder} does not load onto this model: {error}") from error
-        verify_loaded(loaded, folder)
-        return loaded
+        written = str(read_adapter_config(folder).get("peft_type", "")).lower()
+        if written != self.kind:
+            raise Corrupt(f"{folder} holds a '{written}' adapter, not '{self.kind}'.")
+        return load_peft(model, folder, trainable=trainable)
 
 
 @functools.cache
@@ -158,6 +150,28 @@ def attach_peft(model: nn.Module, config: Any, adapter_name: str = "default") ->
         raise BadInput(f"tuner '{kind}' can't be attached to {type(model).__name__}: {error}") from error
 
 
+def save_peft(model: Any, folder: Path) -> dict[str, Any]:
+    """Write the active adapter into `folder` in PEFT's own layout; returns the part entry."""
+    name = str(model.active_adapter)
+    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    _flatten(folder, name)
+    kind = str(model.peft_config[name].peft_type.value).lower()
+    return {"peft_type": kind, "files": sorted(path.name for path in folder.iterdir())}
+
+
+def load_peft(model: nn.Module, folder: Path, *, trainable: bool) -> nn.Module:
+    """`PeftModel.from_pretrained` that refuses pickles, and files that don't fit instead of ignoring what doesn't."""
+    from peft import PeftModel
+
+    verify_adapter_files(folder)
+    try:
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise Corrupt(f"{folder} does not load onto this model: {error}") from error
+    verify_loaded(loaded, folder)
+    return loaded
+
+
 def task_type_of(model: nn.Module) -> str | None:
     """PEFT's task type, read off the name of the model's class."""
     endings = {
@@ -181,8 +195,29 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
     try:
         return _plain(adapter.validate_python(value))
     except ValidationError as error:
+        if isinstance(value, str) and _fits_template(value, hint):
+            return value
         faults = "; ".join(dict.fromkeys(fault["msg"] for fault in error.errors(include_url=False)))
         raise BadInput(f"{where}: {faults} (got {value!r}).") from None
+
+
+def _fits_template(value: str, hint: Any) -> bool:
+    """Whether `value` is a literal of `hint` with its [placeholder] filled by a number ("pissa_niter_16")."""
+    literals = [hint] if isinstance(hint, str) else [a for a in typing.get_args(hint)]
+    for literal in literals:
+        if isinstance(literal, str):
+            pattern = re.sub(r"\\\[.*?\\\]", r"\\d+", re.escape(literal))
+            if re.fullmatch(pattern, value):
+                return True
+        elif typing.get_args(literal) and _fits_template(value, literal):
+            return True
+    return False
+
+
+def _known_later(hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Stand-ins, for PEFT's checks alone, for what is known once the model and the length of training are."""
+    stand_ins: dict[str, Any] = {"task_type": "CAUSAL_LM", "total_step": 1000, "tfinal": 0, "tinit": 0}
+    return {key: value for key, value in stand_ins.items() if key in hints}
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,452 @@
+"""The sparse tuner's layer around any module with a weight or a bias: k entries of it train.
+
+Three executions (chosen per layer, see `execution.py`):
+    in_place   the tuned entries are written into the base weight; pretrained ones are kept aside; f(x, W) is the base's
+    scatter    a tuned weight is built for the call (and again in backward), the base stays untouched
+    bypass     base(x) + x D^T with D sparse; for packed or offloaded bases
+Vectors (norms, biases) are always built: they cost nothing.
+
+In place, a forward compares one stamp; it writes only after an optimizer step, a touch or a switch. If somebody switches
+the adapter off between a forward and its backward (a reference pass), backward writes it again; if the values moved in
+between, it raises.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pegbox.errors import BadInput, Unsupported
+from pegbox.parts.indexsets import check_index, index_dtype, numel
+from pegbox.parts.parameterinfo import CLOCK, ParameterInfo, attach_info, info_of
+from pegbox.tuners.sparse.execution import base_facts, choose_execution
+from pegbox.tuners.sparse.in_place import InPlace
+from pegbox.tuners.sparse.lent import Lent
+from pegbox.tuners.sparse.products import Bypass, Kept, csr_pattern, operation_of
+from pegbox.tuners.sparse.slots import (
+    Slot,
+    add_entries,
+    build_with_grad,
+    difference_of,
+    gather_parts,
+    restore_entries,
+    touched,
+    values_dtype,
+    write_entries,
+)
+
+__all__ = ["TENSORS", "SparseLayer"]
+
+TENSORS = ("weight", "bias")
+
+
+class SparseLayer(nn.Module, BaseTunerLayer):
+    """See the file's header. One instance serves all adapters of a module."""
+
+    adapter_layer_names = tuple(f"sparse_{t}_values" for t in TENSORS)
+    other_param_names = tuple(f"sparse_{t}_{part}" for t in TENSORS for part in ("index", "left_index", "left_values"))
+
+    def __init__(self, base_layer: nn.Module, name: str, tied: bool = False):
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name, self.tied = name, tied
+        for tensor in TENSORS:
+            setattr(self, f"sparse_{tensor}_values", nn.ParameterDict())
+            for part in ("index", "left_index", "left_values"):
+                setattr(self, f"sparse_{tensor}_{part}", BufferDict(persistent=True))
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self._options: dict[str, dict[str, str]] = {}  # adapter -> execution, gradient, coordinates
+        self._moves: dict[str, int] = {}  # adapter -> how often its index set has changed
+        self.in_place = InPlace()
+        self._patterns: dict[Any, Tensor] = {}
+        self._merged: list[tuple[str, list[Tensor], list[Tensor]]] = []  # (tensor, positions, entries before)
+        self.register_state_dict_pre_hook(_revert_before_state_dict)
+        self.register_load_state_dict_pre_hook(_revert_before_load)
+
+    # ---- adapters
+
+    def add(self, adapter: str, config: Any, choices: dict[str, Tensor | None]) -> None:
+        """Add an adapter. choices: tensor -> index (k,), or None for one whose index comes from a file."""
+        self.revert()
+        facts = base_facts(self.base_layer)
+        execution = choose_execution(config.execution, facts, self.tied, config.coordinates, self.module_name)
+        self._options[adapter] = {
+            "execution": execution,
+            "gradient": config.gradient,
+            "coordinates": config.coordinates,
+        }
+        for tensor, index in choices.items():
+            if execution == "bypass" and tensor != "weight":
+                raise Unsupported(f"{self.module_name}: a {tensor} can't be tuned beside a packed or offloaded base.")
+            shape = self.shape_of(tensor)
+            empty = torch.empty(0, dtype=index_dtype(numel(shape)), device=facts.device)
+            where = f"{self.module_name}.{tensor}"
+            chosen = empty if index is None else index.to(facts.device, index_dtype(numel(shape)))
+            check_index(chosen, numel(shape), where)
+            self._install(adapter, tensor, chosen)
+        self._moves[adapter] = 0 if all(c is not None for c in choices.values()) else -1  # -1: waits for its file
+        self.attach_infos()
+
+    def _install(self, adapter: str, tensor: str, index: Tensor) -> None:
+        self._of(tensor, "index")[adapter] = index
+        self._of(tensor, "values")[adapter] = nn.Parameter(self.start_values(adapter, tensor, index))
+
+    def start_values(self, adapter: str, tensor: str, index: Tensor) -> Tensor:
+        """Values (k,) that leave the weight as it is: 0 for delta, the pretrained entries for absolute."""
+        dtype = values_dtype(base_facts(self.base_layer).dtype)
+        if self._options[adapter]["coordinates"] == "delta" or index.is_meta:
+            return torch.zeros(index.numel(), dtype=dtype, device=index.device)
+        return self.pretrained(tensor)[index.long()].to(dtype)
+
+    def resize(self, adapter: str, tensor: str, part: str, count: int) -> None:
+        """Give a saved tensor of `count` entries a place to be loaded into (a parameter is replaced)."""
+        self.revert()
+        like = self._of(tensor, "index")[adapter]
+        if part == "values":
+            old = self.sparse_values(tensor, adapter)
+            new = torch.zeros(count, dtype=old.dtype, device=old.device)
+            self._of(tensor, "values")[adapter] = nn.Parameter(new, requires_grad=old.requires_grad)
+        elif part == "left_values":
+            dtype = self.sparse_values(tensor, adapter).dtype
+            self._of(tensor, part)[adapter] = torch.zeros(count, dtype=dtype, device=like.device)
+        else:
+            self._of(tensor, part)[adapter] = torch.zeros(count, dtype=like.dtype, device=like.device)
+        self.attach_infos()
+
+    def attach_infos(self) -> None:
+        """Tell optimizers what each values parameter stands for."""
+        for tensor in TENSORS:
+            for adapter, values in self._of(tensor, "values").items():
+                if info_of(values) is None:
+                    attach_info(values, self._info(adapter, tensor))
+
+    def _info(self, adapter: str, tensor: str) -> ParameterInfo:
+        return ParameterInfo(
+            name=f"{self.module_name}.{tensor}",
+            shape=self.shape_of(tensor),
+            index=lambda: self._of(tensor, "index")[adapter],
+            reference=lambda: self.reference_values(adapter, tensor),
+            coordinates=self._options[adapter]["coordinates"],  # type: ignore[arg-type]
+        )
+
+    def reference_values(self, adapter: str, tensor: str) -> Tensor:
+        """(k,) the pretrained values of the trained entries."""
+        self.revert()
+        dtype = self.sparse_values(tensor, adapter).dtype
+        return self.pretrained(tensor)[self._of(tensor, "index")[adapter].long()].to(dtype)
+
+    def slot(self, adapter: str, tensor: str) -> Slot:
+        """An adapter's share of a tensor."""
+        left = self._of(tensor, "left_index")
+        has_left = adapter in left
+        return Slot(
+            index=self._of(tensor, "index")[adapter],
+            values=self.sparse_values(tensor, adapter),
+            left_index=left[adapter] if has_left else None,
+            left_values=self._of(tensor, "left_values")[adapter] if has_left else None,
+            absolute=self._options[adapter]["coordinates"] == "absolute",
+        )
+
+    def adapters_on(self, tensor: str) -> list[str]:
+        """Active adapters that tune this tensor."""
+        if self._disable_adapters:
+            return []
+        held = self._of(tensor, "values")
+        return [adapter for adapter in self.active_adapters if adapter in held]
+
+    def sparse_values(self, tensor: str, adapter: str) -> nn.Parameter:
+        return self._of(tensor, "values")[adapter]
+
+    def option(self, adapter: str, name: str) -> str:
+        """An adapter's execution, gradient or coordinates on this layer."""
+        return self._options[adapter][name]
+
+    def moved(self, adapter: str) -> None:
+        """Say that an adapter's index sets have changed (or have been loaded)."""
+        self._moves[adapter] = max(self._moves[adapter], 0) + 1
+        self._patterns.clear()
+
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        if tensor == "weight":
+            return base_facts(self.base_layer).shape
+        return tuple(getattr(self.base_layer, tensor).shape)
+
+    def pretrained(self, tensor: str) -> Tensor:
+        """The base's tensor, flat, as it is stored now (revert first to have the pretrained one)."""
+        return getattr(self.base_layer, tensor).detach().reshape(-1)
+
+    def _of(self, tensor: str, part: str) -> Any:
+        return getattr(self, f"sparse_{tensor}_{part}")
+
+    # ---- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        active, biased = self.adapters_on("weight"), self.adapters_on("bias")
+        if self.merged or not (active or biased):
+            self.sync()
+            return self.base_layer(x, *args, **kwargs)
+        for adapter in {*active, *biased}:
+            self._require_loaded(adapter)
+        bias = self._built("bias", biased)
+        if any(self._options[a]["execution"] == "bypass" for a in active):
+            self.revert()
+            return self._bypassed(x, active, *args, **kwargs)
+        operation = operation_of(self.base_layer) if active else None
+        if operation is None or args or kwargs or _has_hooks(self.base_layer):
+            self.revert()
+            weight = self._built("weight", active)
+            replaced = {name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}
+            return functional_call(self.base_layer, replaced, (x, *args), kwargs)
+        return self._kept(x, bias, active, operation)
+
+    @torch.compiler.disable
+    def _kept(self, x: Tensor, bias: Tensor | None, active: list[str], operation: Any) -> Tensor:
+        in_place = len(active) == 1 and self._options[active[0]]["execution"] == "in_place"
+        if in_place:
+            self.sync()
+        else:
+            self.revert()
+        if bias is None:
+            bias = getattr(self.base_layer, "bias", None)
+        values = [self.sparse_values("weight", a) for a in active]
+        return Kept.apply(x, bias, Lent(self, active, in_place, operation), *values)
+
+    def _built(self, tensor: str, adapters: list[str]) -> Tensor | None:
+        if not adapters:
+            return None
+        shape = self.shape_of(tensor)
+        return build_with_grad(self.pretrained(tensor), [self.slot(a, tensor) for a in adapters]).view(shape)
+
+    def _bypassed(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        facts = base_facts(self.base_layer)
+        for adapter in active:
+            slot = self.slot(adapter, "weight")
+            for index, values in slot.parts():
+                change = values
+                if slot.absolute:
+                    change = difference_of(self.pretrained("weight")[index.long()], values, True)
+                y = y + self._sparse_output(x, change, index, facts).to(y.dtype)
+        return y
+
+    def _sparse_output(self, x: Tensor, change: Tensor, index: Tensor, facts: Any) -> Tensor:
+        operation = operation_of(self.base_layer)
+        if facts.packed or (operation is not None and operation.sparse_product):
+            return Bypass.apply(x, change, index, facts.shape, facts.transposed)
+        dense = torch.zeros(numel(facts.shape), dtype=facts.dtype, device=x.device)
+        dense = dense.index_put((index.long(),), change.to(facts.dtype)).view(facts.shape)
+        if operation is None:
+            raise Unsupported(f"{self.module_name}: bypass is not possible for a {type(self.base_layer).__name__}.")
+        return operation.forward(self.base_layer, x, dense, None)
+
+    def _require_loaded(self, adapter: str) -> None:
+        if self._moves[adapter] < 0:
+            raise BadInput(
+                f"{self.module_name}: adapter '{adapter}' was made from a saved config and its file has not been loaded."
+                " Use PeftModel.from_pretrained, or set allocation='select' to choose entries anew."
+            )
+
+    # ---- what is written into the base weight
+
+    def _stamp(self) -> tuple[Any, ...] | None:
+        """What the base weight should hold: None for the pretrained weight."""
+        if self.merged:
+            return None
+        active = self.adapters_on("weight")
+        if len(active) != 1 or self._options[active[0]]["execution"] != "in_place":
+            return None
+        return (*self.identity(active[0]), CLOCK.now)
+
+    def identity(self, adapter: str) -> tuple[Any, ...]:
+        """Changes whenever an adapter's index sets or values do."""
+        values = self.sparse_values("weight", adapter)
+        info = info_of(values)
+        version = 0 if values.is_inference() else values._version
+        return adapter, self._moves[adapter], id(values), version, info.writes if info else 0, CLOCK.unattributed
+
+    def sync(self) -> None:
+        """Make the base weight hold what it should."""
+        self.in_place.settle(getattr(self.base_layer, "weight", None))
+        stamp = self._stamp()
+        if not self.in_place.up_to_date(stamp):
+            self.in_place.write(stamp, None if stamp is None else self.slot(stamp[0], "weight"))
+
+    def revert(self) -> None:
+        """The base weight holds the pretrained entries, bit for bit; the next forward writes again."""
+        if self.in_place.stamp is not None or self.in_place.regathered:
+            self.in_place.settle(self.base_layer.weight)
+            self.in_place.write(None, None)
+
+    def effective(self, tensor: str) -> Tensor:
+        """The tuned tensor as a new one, with no gradient."""
+        self.revert()
+        flat = self.pretrained(tensor)
+        slots = [self.slot(a, tensor) for a in self.adapters_on(tensor)]
+        return add_entries(flat, slots).view(self.shape_of(tensor))
+
+    # ---- PEFT's switches
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        BaseTunerLayer.set_adapter(self, adapter_names, inference_mode=inference_mode)
+        self._revert_if_changed()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        BaseTunerLayer.enable_adapters(self, enabled)
+        self._revert_if_changed()
+
+    def _revert_if_changed(self) -> None:
+        stamp = self._stamp()
+        held = self.in_place.stamp
+        if held is not None and (stamp is None or stamp[:2] != held[:2]):
+            self.revert()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.revert()
+        BaseTunerLayer.delete_adapter(self, adapter_name)
+        self._options.pop(adapter_name, None)
+        self._moves.pop(adapter_name, None)
+        self._patterns.clear()
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the base for good (until `unmerge`), with float32's rounding to the base's dtype."""
+        names = check_adapters_to_merge(self, adapter_names)
+        self.revert()
+        for adapter in names:
+            for tensor in TENSORS:
+                if adapter in self._of(tensor, "values"):
+                    self._require_loaded(adapter)
+                    self._merge_one(adapter, tensor, safe_merge)
+            if adapter in self._options:
+                self.merged_adapters.append(adapter)
+
+    def _merge_one(self, adapter: str, tensor: str, safe: bool) -> None:
+        if self._options[adapter]["execution"] == "bypass" and base_facts(self.base_layer).packed:
+            raise Unsupported(f"{self.module_name}: a sparse update can't be merged into a packed weight.")
+        if tensor == "weight" and self.tied:
+            raise Unsupported(
+                f"{self.module_name}.weight is shared with another module, so that merging would change both."
+                " Load the base with tie_word_embeddings=False."
+            )
+        flat, slot = self.pretrained(tensor), self.slot(adapter, tensor)
+        if safe and not all(bool(torch.isfinite(values).all()) for _, values in slot.parts()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        before = gather_parts(flat, slot)
+        self._merged.append((tensor, [index.clone() for index, _ in slot.parts()], before))
+        first = not any(name == tensor for name, *_ in self._merged[:-1])
+        if first:
+            write_entries(flat, slot, before)
+            return
+        originals = self._pretrained_at(tensor, slot)
+        for (index, values), now, original in zip(slot.parts(), before, originals, strict=True):
+            change = difference_of(original, values, slot.absolute)
+            flat.scatter_(0, index.long(), (now.to(values.dtype) + change).to(flat.dtype))
+
+    def _pretrained_at(self, tensor: str, slot: Slot) -> list[Tensor]:
+        """Entries from before the first merge."""
+        flat = self.pretrained(tensor).clone()
+        for name, positions, before in reversed(self._merged[:-1]):
+            if name == tensor:
+                restore_entries(flat, positions, before)
+        return gather_parts(flat, slot)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back, bit for bit, what was there before `merge`."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for tensor, positions, before in reversed(self._merged):
+            restore_entries(self.pretrained(tensor), positions, before)
+        self._merged.clear()
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.revert()
+        return self.get_base_layer()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def touched(self, adapter: str, tensor: str) -> int:
+        """How many entries of a tensor this adapter has ever trained."""
+        return touched(self.slot(adapter, tensor)).numel()
+
+    # ---- moving, copying, printing
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves go through; casts do not reach the values: they stay float32 when the base becomes bfloat16."""
+        self.revert()
+        exact = [(t, a, v.detach().clone()) for t in TENSORS for a, v in self._of(t, "values").items()]
+        left = [(t, a, v.clone()) for t in TENSORS for a, v in self._of(t, "left_values").items()]
+        result = super()._apply(fn, recurse)
+        with torch.no_grad():
+            for tensor, adapter, values in exact:
+                held = self.sparse_values(tensor, adapter)
+                if held.dtype != values.dtype and not held.is_meta:
+                    held.data = values.to(held.device)
+            for tensor, adapter, values in left:
+                held = self._of(tensor, "left_values")[adapter]
+                if held.dtype != values.dtype:
+                    self._of(tensor, "left_values")[adapter] = values.to(held.device)
+        self.in_place, self._patterns = InPlace(), {}
+        self.attach_infos()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.revert()
+        return {**self.__dict__, "in_place": InPlace(), "_patterns": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.attach_infos()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Device only: PEFT would cast the values to the base's dtype."""
+        target = device or base_facts(self.base_layer).device
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, name)
+            if adapter_name in held and not held[adapter_name].is_meta:
+                held[adapter_name] = held[adapter_name].to(target)
+        self.attach_infos()
+
+    def extra_repr(self) -> str:
+        counts = {a: v.numel() for a, v in self.sparse_weight_values.items()}
+        return f"kept={counts}"
+
+    def pattern(self, adapter: str) -> Tensor:
+        """The CSR matrix of an adapter's trained entries (made once per index set; its values are not read)."""
+        key = (adapter, self._moves[adapter])
+        if key not in self._patterns:
+            slot, shape = self.slot(adapter, "weight"), self.shape_of("weight")
+            self._patterns[key] = csr_pattern(slot.index, (shape[0], shape[1]), torch.zeros_like(slot.values))
+        return self._patterns[key]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _revert_before_state_dict(layer: Any, *args: Any) -> None:
+    layer.revert()
+
+
+def _revert_before_load(layer: Any, *args: Any) -> None:
+    layer.revert()

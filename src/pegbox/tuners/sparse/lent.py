@@ -1,0 +1,55 @@
+"""What a sparse layer lends to one forward and its backward: the weight as it was, and gradients of the kept entries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pegbox.errors import RunFailed
+from pegbox.parts.parameterinfo import CLOCK
+from pegbox.tuners.sparse.products import sampled_product
+from pegbox.tuners.sparse.slots import add_entries
+
+if TYPE_CHECKING:
+    from pegbox.tuners.sparse.layer import SparseLayer
+
+__all__ = ["Lent"]
+
+
+class Lent:
+    """A `products.Holder`: remembers which values the forward ran on, and refuses a backward on others."""
+
+    def __init__(self, layer: SparseLayer, adapters: list[str], in_place: bool, operation: Any):
+        self.layer, self.adapters, self.in_place, self.operation = layer, adapters, in_place, operation
+        self.module = layer.base_layer
+        self.identities = [layer.identity(a) for a in adapters]
+
+    def weight(self) -> Tensor:
+        layer = self.layer
+        if [layer.identity(a) for a in self.adapters] != self.identities:
+            raise RunFailed(
+                f"{layer.module_name}: the sparse values changed between a forward and its backward (an optimizer step"
+                " or a refresh in between), so the gradient would be wrong. Run backward before stepping."
+            )
+        if not self.in_place:
+            layer.revert()
+            shape = layer.shape_of("weight")
+            return add_entries(layer.pretrained("weight"), [layer.slot(a, "weight") for a in self.adapters]).view(shape)
+        held, wanted = layer.in_place, (*self.identities[0], CLOCK.now)
+        held.settle(layer.base_layer.weight)
+        if held.stamp is None or held.stamp[:-1] != wanted[:-1] or held.regathered:
+            # a reference pass took the entries out, or the weight was gathered anew
+            held.write(wanted, layer.slot(self.adapters[0], "weight"))
+        return layer.base_layer.weight.detach()
+
+    def kept_gradient(self, which: int, g: Tensor, x: Tensor) -> Tensor:
+        layer, adapter = self.layer, self.adapters[which]
+        slot, shape = layer.slot(adapter, "weight"), torch.Size(layer.shape_of("weight"))
+        if g.is_meta:
+            return torch.empty_like(slot.values)
+        if layer.option(adapter, "gradient") == "sampled" and self.operation.sparse_product:
+            return sampled_product(layer.pattern(adapter), *self.operation.sides(g, x))
+        dense = self.operation.dense_gradient(self.module, g, x, shape)
+        return dense.reshape(-1)[slot.index.long()].to(slot.values.dtype)

@@ -1,0 +1,249 @@
+"""The sparse tuner's PEFT model: chooses entries before injecting layers, and loads saved index sets of any size.
+
+Importing this module registers the method "PEGBOX_SPARSE" with PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from pegbox.errors import BadInput, Corrupt, Unsupported
+from pegbox.parts.allocation import Allocation, Entries, Frozen, Units, Whole
+from pegbox.parts.indexsets import check_index, everything, from_units, index_dtype, numel
+from pegbox.tuners.registration import register
+from pegbox.tuners.sparse.config import NAME, SparseConfig, select_component
+from pegbox.tuners.sparse.execution import base_facts
+from pegbox.tuners.sparse.layer import TENSORS, SparseLayer
+from pegbox.tuners.targets import bare_name, resolve_targets
+
+__all__ = ["SparseModel", "index_of_choice", "select_entries", "sparse_layers"]
+
+PARTS = ("values", "index", "left_index", "left_values")
+
+
+class SparseModel(BaseTuner):
+    """PEFT's view of the sparse tuner."""
+
+    prefix: str = "sparse_"
+    tuner_layer_cls = SparseLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config: SparseConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        given = config.take_allocation()
+        if given is not None:
+            config.target_modules = sorted({name.rsplit(".", 1)[0] for name, c in given.items() if not _frozen(c)})
+            config.exclude_modules = config.layers_to_transform = None
+        else:
+            config.target_modules = resolve_targets(model, config.target_modules or "all-linear")
+        self._tied = _shared_weights(model)
+        wanted = self._wanted(model, config, given)
+        if not wanted and state_dict is None:
+            raise BadInput(
+                f"The sparse tuner's targets {config.target_modules} have none of the tensors {config.tensors}, or all"
+                " are excluded. Choose other target_modules or tensors."
+            )
+        stored = config.allocation == "stored" or state_dict is not None
+        self._choices = dict.fromkeys(wanted) if stored else self._choose(model, config, given, wanted)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, state_dict)
+        del self._choices
+
+    def _wanted(self, model: nn.Module, config: SparseConfig, given: Allocation | None) -> list[str]:
+        """Names (bare) of the tensors that this adapter tunes."""
+        if given is not None:
+            return [name for name, choice in given.items() if not _frozen(choice)]
+        names = []
+        inside = [key + "." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for key, module in model.named_modules():
+            if not key or any(key.startswith(prefix) for prefix in inside):
+                continue
+            result = self._check_target_module_exists(config, key)
+            if not result or not hasattr(result, "__bool__"):
+                continue
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            names += [f"{key}.{t}" for t in config.tensors if _has_tensor(base, t)]
+        return names
+
+    def _choose(
+        self, model: nn.Module, config: SparseConfig, given: Allocation | None, wanted: list[str]
+    ) -> dict[str, Tensor]:
+        modules = {name: _module_of(model, name) for name in wanted}
+        shapes = {name: _shape(modules[name], name.rsplit(".", 1)[1]) for name in wanted}
+        if given is None:
+            given = select_entries(config, modules, shapes)
+        return {name: index_of_choice(given[name], shapes[name], name) for name in given if not _frozen(given[name])}
+
+    def _create_and_replace(
+        self,
+        config: SparseConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        choices = {t: self._choices[f"{current_key}.{t}"] for t in TENSORS if f"{current_key}.{t}" in self._choices}
+        if not choices and not self._choices:  # injected from a state dict: every tensor it may hold
+            choices = {t: None for t in config.tensors if _has_tensor(target, t)}
+        if not choices:
+            return
+        if isinstance(target, SparseLayer):
+            target.add(adapter_name, config, choices)
+            target.set_adapter(target.active_adapters)
+            return
+        layer = SparseLayer(target, current_key, tied=current_key in self._tied)
+        layer.set_adapter(adapter_name)
+        layer.add(adapter_name, config, choices)
+        layer.set_adapter(adapter_name)
+        self._replace_module(parent, target_name, layer, target)
+        if adapter_name not in self.active_adapters:
+            layer.set_adapter(self.active_adapters)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Make room for the file's index sets, whatever their size, and check every tensor of it."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+        bare = {name.removeprefix("base_model.model."): (name, layer) for name, layer in layers.items()}
+        remapped: dict[str, Tensor] = {}
+        for key, tensor in state_dict.items():
+            module_key, _, attribute = key.removeprefix("base_model.model.").rpartition(".")
+            place = bare.get(module_key)
+            if place is None or not attribute.startswith("sparse_"):
+                if ".sparse_" in key:
+                    raise Corrupt(f"The adapter has entries for '{module_key}', which this model has no place for.")
+                remapped[key] = tensor
+                continue
+            name, layer = place
+            target, _, part = attribute.removeprefix("sparse_").partition("_")
+            if target not in TENSORS or part not in PARTS or adapter_name not in layer._of(target, "values"):
+                raise Corrupt(f"The adapter's tensor '{key}' has no place in this model.")
+            layer.resize(adapter_name, target, part, tensor.numel())
+            remapped[f"{name}.{attribute}.{adapter_name}"] = tensor
+        _check_loaded(bare, adapter_name, remapped)
+        return remapped
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The model's sparse layers by the bare name of the module they wrap."""
+    return {m.module_name: m for m in model.modules() if isinstance(m, SparseLayer)}
+
+
+def select_entries(
+    config: SparseConfig, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]
+) -> Allocation:
+    """Run the config's selector on the targets' weights; from shapes alone on the meta device."""
+    selector: Any = select_component(config.select)
+    if "entries" not in selector.produces:
+        raise Unsupported(f"select '{selector.kind}' does not choose single entries, which the sparse tuner needs.")
+    if selector.statistics() is not None:
+        raise BadInput(
+            f"select '{selector.kind}' needs statistics of data. Collect them, select, and attach with"
+            " config.with_allocation(allocation)."
+        )
+    if any(base_facts(m).device.type == "meta" for m in modules.values()):
+        counts = selector.count(None, shapes)
+        return Allocation(
+            {n: Entries(torch.empty(k, dtype=index_dtype(numel(shapes[n])), device="meta")) for n, k in counts.items()}
+        )
+    weights = {name: _weight(module, name.rsplit(".", 1)[1]) for name, module in modules.items()}
+    return selector.select(None, weights, None, torch.Generator().manual_seed(config.seed))
+
+
+def index_of_choice(choice: Any, shape: tuple[int, ...], name: str) -> Tensor:
+    """Any choice of weights as entries."""
+    match choice:
+        case Entries(index=index):
+            return index
+        case Whole():
+            return everything(numel(shape))
+        case Units(axis=axis, index=index):
+            return from_units(axis, index, shape)
+    raise Unsupported(f"{name}: the sparse tuner can't hold the choice {type(choice).__name__}.")
+
+
+def _check_loaded(bare: Mapping[str, tuple[str, SparseLayer]], adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    for module_key, (name, layer) in bare.items():
+        for target in TENSORS:
+            if adapter not in layer._of(target, "values"):
+                continue
+            found = {p: tensors.get(f"{name}.sparse_{target}_{p}.{adapter}") for p in PARTS}
+            _check_pair(module_key, layer, target, found["index"], found["values"], required=True)
+            _check_pair(module_key, layer, target, found["left_index"], found["left_values"], required=False)
+        if adapter in layer._moves:
+            layer.moved(adapter)
+
+
+def _check_pair(
+    key: str, layer: SparseLayer, target: str, index: Tensor | None, values: Tensor | None, required: bool
+) -> None:
+    if index is None and values is None and not required:
+        return
+    if index is None or values is None:
+        raise Corrupt(f"The adapter's file has no complete entry for '{key}.{target}' (index and values).")
+    if index.numel() != values.numel():
+        raise Corrupt(f"'{key}.{target}': {index.numel()} positions but {values.numel()} values.")
+    try:
+        check_index(index, numel(layer.shape_of(target)), f"{key}.{target}")
+    except BadInput as error:
+        raise Corrupt(f"{error} The adapter was made on another base, or is damaged.") from None
+
+
+def _shared_weights(model: nn.Module) -> set[str]:
+    """Bare names of modules whose weight another module holds too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(bare_name(name))
+    return {name for names in owners.values() if len(set(names)) > 1 for name in names}
+
+
+def _module_of(model: nn.Module, tensor: str) -> nn.Module:
+    try:
+        module = model.get_submodule(tensor.rsplit(".", 1)[0])
+    except AttributeError:
+        raise BadInput(f"The allocation names '{tensor}', which this model does not have.") from None
+    if isinstance(module, SparseLayer):
+        module.revert()
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _has_tensor(module: nn.Module, tensor: str) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if tensor == "weight" and not isinstance(getattr(base, "weight", None), Tensor):
+        return hasattr(base, "in_features") and hasattr(base, "out_features")
+    return isinstance(getattr(base, tensor, None), Tensor)
+
+
+def _shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
+    return base_facts(module).shape if tensor == "weight" else tuple(getattr(module, tensor).shape)
+
+
+def _weight(module: nn.Module, tensor: str) -> Tensor:
+    if tensor == "weight" and base_facts(module).packed:
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(module).detach()
+    return getattr(module, tensor).detach()
+
+
+def _frozen(choice: Any) -> bool:
+    return isinstance(choice, Frozen)
+
+
+register(NAME, SparseConfig, SparseModel, SparseModel.prefix)
