@@ -79,10 +79,12 @@ def settle(model: nn.Module) -> nn.Module:
     Raises:
         Unsupported: the update is of a form that can't be merged.
     """
-    merge = getattr(model, "merge_and_unload", None)
-    if merge is None:
+    if not hasattr(model, "peft_config"):
         return model
+    merge: Any = getattr(model, "merge_and_unload", None)
     try:
+        if merge is None:
+            raise NotImplementedError(f"{type(model).__name__} has no weights to merge into")
         settled: nn.Module = merge()
     except (NotImplementedError, AttributeError, ValueError) as error:
         raise Unsupported(f"a further update can't stand on this adapter, because it doesn't merge: {error}") from error

@@ -58,16 +58,24 @@ class ArtefactWriter:
         folder: where the artefact will stand; one that stands there is replaced at the end.
         root: the base (`root_of`), or a `Source` for a plain causal one.
         start: an artefact this one continues from: its parts are copied first. Must have the same root.
+        replace_last: leave out the start's last part, because the new one is its continuation.
 
     Raises:
         WrongBase: `start` has another root. RunFailed: the disk is full. BadInput: the folder can't be written, or a
         part left a file that is neither tensors nor JSON nor text.
     """
 
-    def __init__(self, folder: str | Path, root: Root | Source, start: str | Path | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        root: Root | Source,
+        start: str | Path | None = None,
+        *,
+        replace_last: bool = False,
+    ):
         self.folder = Path(folder)
         self.root = root if isinstance(root, Root) else root_of(root)
-        self._start = start
+        self._start, self._replace_last = start, replace_last
         self._stack = ExitStack()
         self._manifest = Manifest(root=self.root)
         self._card: CardInfo | None = None
@@ -141,6 +149,12 @@ class ArtefactWriter:
         kind: PartKind = "packed" if type(preparation).packs_base else "prep"
         return self.add(kind, lambda f: preparation.save(record, f), axis="prepare", component=preparation)
 
+    def add_recorded(self, preparation: Preparation, folder: Path) -> Part:
+        """A preparation whose record was written to `folder` before."""
+        kind: PartKind = "packed" if type(preparation).packs_base else "prep"
+        copied = lambda place: shutil.copytree(folder, place, dirs_exist_ok=True) and None  # noqa: E731
+        return self.add(kind, copied, axis="prepare", component=preparation)
+
     def add_step(self, step: Any, state: Any) -> Part | None:
         """What a step leaves (`Step.leaves`), e.g. a trajectory; None if it leaves nothing."""
         if step.leaves is None:
@@ -162,12 +176,12 @@ class ArtefactWriter:
     def _inherit(self, start: Path) -> None:
         folder, before = find_folder(start), read(start)
         check_base(before, self.root.fingerprint, "This run's base")
-        for part in before.parts:
+        for part in before.parts[:-1] if self._replace_last else before.parts:
             shutil.copytree(folder / part.path, self._place / part.path)
             self._append(part)
 
     def _finish(self) -> None:
-        from pegbox.artefact.versions import versions
+        from pegbox.artefact.libraries import versions
 
         card = self._card or CardInfo()
         self._change(info={"versions": versions(), **card.record()})

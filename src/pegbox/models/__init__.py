@@ -1,9 +1,9 @@
 """Base models: where they come from, what identifies them, how they are loaded."""
 
-from pegbox.models.aliases import Alias, aliases
 from pegbox.models.cache import cache_dir, cached_folder
 from pegbox.models.fingerprint import fingerprint_model, fingerprint_tensors
-from pegbox.models.load import TASK_CLASSES, Loaded, Precision, load, load_meta, load_tokenizer, pick_device
+from pegbox.models.loading import TASK_CLASSES, Loaded, Precision, load, load_meta, load_tokenizer, pick_device
+from pegbox.models.packages import Alias, aliases
 from pegbox.models.source import Source, resolve
 
 __all__ = [

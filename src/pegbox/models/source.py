@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pegbox.errors import BadInput, did_you_mean
-from pegbox.models.aliases import aliases, fetch
 from pegbox.models.fingerprint import checkpoint_files, fingerprint_gguf, fingerprint_safetensors
+from pegbox.models.packages import aliases, fetch
 
 __all__ = ["Source", "resolve"]
 

@@ -19,12 +19,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from pegbox.errors import BadInput, Corrupt, PegboxError, RunFailed
+
+if TYPE_CHECKING:  # this file is imported by commands that never need torch
+    from torch import Tensor
 
 __all__ = [
     "fsync_tree",
@@ -119,7 +121,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file. Raises `Corrupt` if it is absent or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Corrupt(f"{path} is missing.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise Corrupt(f"{path} is not valid JSON ({error}).") from error
