@@ -30,7 +30,7 @@ __all__ = [
     "load_splits",
     "packing_leaks",
     "pad_id_of",
-    "prepare_splits",
     "preference_records",
+    "prepare_splits",
     "resolve_template",
 ]

@@ -16,10 +16,11 @@ What this file does not do: tokens and masks (see masks.py).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ PLAIN = (
 RAW = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 
 _DATE = datetime(2024, 7, 26)  # the date that Llama 3.1's template falls back to
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _KEPT = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")  # message keys a template sees
 _ANSWER, _SYSTEM, _REASON = "pegboxanswer", "pegboxsystem", "pegboxreason"  # probe words
 
@@ -108,16 +110,18 @@ class ChatTemplate:
             plain = [inline_reasoning(m) for m in plain]
         return plain
 
+    def _source(self, tools: Any) -> str:
+        return _undated(self.source or self.tokenizer.get_chat_template(None, tools))
+
     def _render(self, messages: list[dict[str, Any]], tools: Any = None, generation_prompt: bool = False) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
                     tools=tools,
-                    chat_template=self.source,
+                    chat_template=self._source(tools),
                     add_generation_prompt=generation_prompt,
                     tokenize=False,
-                    strftime_now=_DATE.strftime,
                 )
             )
         except Exception as error:  # jinja errors of any class, and Python errors inside a template
@@ -208,6 +212,12 @@ def inline_reasoning(message: dict[str, Any]) -> dict[str, Any]:
         return message
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     return {**rest, "content": f"<think>\n{reasoning.strip()}\n</think>\n\n{message['content']}"}
+
+
+@cache
+def _undated(source: str) -> str:
+    """The template with every date of today replaced by a fixed one (the renderer takes no other clock)."""
+    return _TODAY.sub(lambda call: repr(_DATE.strftime(call[2])), source)
 
 
 def _user(text: str) -> dict[str, Any]:
