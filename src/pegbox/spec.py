@@ -1,6 +1,6 @@
 """What a run is: model + data + recipe + training + evaluation + seed. `run.yaml` holds one, and reproduces it.
 
-Every value has one home: the rate is `recipe.optim.lr`, the seed is `seed`; a second home is refused with the right key.
+Every value has one home: the rate is `recipe.optim.lr`, the seed is `seed`; a second one is refused with the right key.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pegbox.engine.settings import TrainSettings
+from pegbox.errors import BadInput
 from pegbox.parts.component import explain
 from pegbox.recipe import Recipe
 
 __all__ = ["DataSettings", "EvalSettings", "RunSpec"]
+
+LENGTHS = ("epochs", "steps", "tokens")  # how long a stage trains: exactly one is given
 
 
 class _Block(BaseModel):
@@ -74,13 +77,30 @@ class RunSpec(_Block):
 
     recipe: Recipe
     model: str
-    data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    rows: DataSettings = DataSettings()
+    train: dict[str, Any] = Field(default_factory=lambda: {"epochs": 1})
     evaluation: EvalSettings = EvalSettings()
     init_from: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    device: str = "auto"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     trust_remote_code: bool = False
+
+    @field_validator("train")
+    @classmethod
+    def _settings(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for key in ("seed", "precision", "device"):
+            if key in given:
+                raise BadInput(f"train.{key} has its home elsewhere: give it as {key}.")
+        return _train_settings(given).model_dump(mode="json", exclude={"seed", "precision", "device"})
+
+    def settings(self, **changes: Any) -> TrainSettings:
+        """The engine's settings of a stage: `train`, with a stage's own values and the run's seed laid over them."""
+        merged = {**self.train, **changes}
+        if any(merged.get(k) is not None for k in LENGTHS if k in changes):
+            merged = {k: v for k, v in merged.items() if k not in LENGTHS or k in changes}
+        return _train_settings({**merged, "seed": self.seed})
 
     @classmethod
     def of(cls, mapping: Mapping[str, Any], where: str = "") -> RunSpec:
@@ -104,6 +124,16 @@ class RunSpec(_Block):
     def digest(self) -> str:
         """12 hex digits over everything."""
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _train_settings(given: Mapping[str, Any]) -> TrainSettings:
+    block = dict(given)
+    if all(block.get(k) is None for k in LENGTHS):
+        block["epochs"] = 1
+    try:
+        return TrainSettings.model_validate(block)
+    except ValidationError as error:
+        raise explain(error, TrainSettings, "train") from None
 
 
 def _differences(left: Any, right: Any, path: str = "") -> list[str]:

@@ -42,8 +42,8 @@ class Workspace:
     def file(self, name: str) -> Path:
         return self.folder / name
 
-    def open(self, spec: RunSpec, *, resume: bool) -> None:
-        """Claim the folder for `spec`: a new one, or with `resume` the same run's.
+    def check(self, spec: RunSpec, *, resume: bool) -> None:
+        """Whether the folder can take `spec`: a new one, or with `resume` the same run's. Writes nothing.
 
         Raises:
             BadInput: another run lies here; `resume` without a run; settings that changed (all named).
@@ -65,6 +65,10 @@ class Workspace:
                     + "\n".join(f"- {line}" for line in changed)
                     + "\nUse the same settings, or another --out."
                 )
+
+    def open(self, spec: RunSpec) -> None:
+        """Write the run's settings into the folder, unless they stand there."""
+        if self.file("run.yaml").exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe = {"versions": library_versions(), "recipe": spec.recipe.plain()}
@@ -72,8 +76,11 @@ class Workspace:
         write_text(self.file("run.yaml"), dump_yaml(spec.plain()))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder's lock. Raises `BadInput` when another process has it."""
+    def locked(self, *, main: bool = True) -> Iterator[None]:
+        """Hold the folder's lock (in the main process). Raises `BadInput` when another run has it."""
+        if not main:
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.folder):
             yield

@@ -24,6 +24,9 @@ class ScriptedRunner:
         cost = Cost(steps=2, seconds=1.0, peak_saved_bytes=10 * len(self.calls), trainable_parameters=5)
         return StageResult(name, None, start, ModelRef(name), cost=cost)
 
+    def define(self, suite, rows):
+        self.calls_defined = [*getattr(self, "calls_defined", []), suite]
+
     def evaluate(self, ref, suite):
         value = 0.0 if ref.stage is None else float([c[0] for c in self.calls].index(ref.stage) + 1)
         return Measurement(suite=suite, scores={"m": Score(name="m", value=value, n=1)})
@@ -84,6 +87,7 @@ def test_sequence_chains_and_fills_the_matrix():
     assert [c[1] for c in runner.calls] == [BASE, ModelRef("x")]
     assert [c[2]["round"] for c in runner.calls] == [0, 1]
     found = report.metrics.extra["sequence"]
+    assert runner.calls_defined == ["task:x", "task:y"]
     assert found["matrix"] == [[1.0, 1.0], [2.0, 2.0]]
     assert found["overall_performance"] == 2.0
     assert found["backward_transfer"] == 1.0

@@ -59,6 +59,9 @@ class Runner(TypingProtocol):
         name}; `settings`: training settings of this stage (steps, epochs, ...).
         """
 
+    def define(self, suite: str, rows: Any) -> None:
+        """Make a suite of other rows known to `evaluate`: their test rows by the metrics that suit them."""
+
     def evaluate(self, ref: ModelRef, suite: str) -> Measurement:
         """Score a model on a suite ("target", "retention", or a task's name)."""
 

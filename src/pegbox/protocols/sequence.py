@@ -50,6 +50,8 @@ class Sequence(Protocol):
 
     def run(self, runner: Runner) -> Report:
         names = [task.name for task in self.tasks]
+        for task in self.tasks:
+            runner.define(f"task:{task.name}", task.rows)
         before = measure(runner, BASE)
         base_row = [_main(runner.evaluate(BASE, f"task:{name}")) for name in names]
         matrix, costs, end = [], [], BASE

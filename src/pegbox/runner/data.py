@@ -1,0 +1,96 @@
+"""A run's rows: loaded and split once, encoded once per tokenizer, named by their hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pegbox.data.dataset import RowSet, Splits, load_splits
+from pegbox.data.rows import Row
+from pegbox.errors import BadInput
+from pegbox.parts.task import Task
+from pegbox.spec import DataSettings
+
+__all__ = ["RunData"]
+
+
+class RunData:
+    """The rows of one stage or run by use: train, validation, test.
+
+    Args:
+        settings: which rows, and how they are encoded. seed: of the split.
+    """
+
+    def __init__(self, settings: DataSettings, seed: int = 0):
+        self.settings, self.seed = settings, seed
+        self._splits: Splits | None = None
+        self._encoded: dict[tuple[str, int], Any] = {}
+
+    @property
+    def splits(self) -> Splits:
+        if self._splits is None:
+            s = self.settings
+            if not s.train and not s.test and not s.validation:
+                raise BadInput("No rows. Give --data: a file, a folder, a hub id, or the built-in 'network'.")
+            main = s.train or s.test or s.validation
+            self._splits = load_splits(
+                [_grouped(source, s.group) for source in main],
+                validation=s.validation or s.validation_split,
+                test=s.test or s.test_split,
+                mapping=s.map,
+                format=s.format,
+                seed=0,  # the split is the data's own: seeds of a run never change who is tested
+            )
+        return self._splits
+
+    def rows(self, use: str) -> list[Row]:
+        """The rows of one use ("train", "validation", "test"), at most `limit` of them."""
+        rows: list[Row] = getattr(self.splits, use)
+        return rows[: self.settings.limit] if self.settings.limit else rows
+
+    @property
+    def target(self) -> list[Row]:
+        """What "target" measures: the test rows, or the validation rows where there are none."""
+        return self.rows("test") or self.rows("validation")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(row.kind for row in self.rows("train") or self.target)
+
+    @property
+    def labels(self) -> list[Any]:
+        """The classes of a classification set, sorted."""
+        found = {row.label for row in self.rows("train") if row.label is not None}
+        return sorted(found, key=lambda v: (str(type(v)), v))
+
+    def encoded(self, use: str, task: Task, tokenizer: Any) -> Any:
+        """The rows of one use as examples."""
+        key = (use, id(tokenizer))
+        if key not in self._encoded:
+            self._encoded[key] = self.encode(self.rows(use), task, tokenizer)
+        return self._encoded[key]
+
+    def encode(self, rows: Sequence[Row], task: Task, tokenizer: Any) -> Any:
+        """Any rows, under this run's settings."""
+        s = self.settings
+        options: dict[str, Any] = {"template": s.template, "train_on": s.train_on, "max_length": s.max_length}
+        if self.labels:
+            options["label_names"] = [str(label) for label in self.labels]
+        return task.encode(rows, tokenizer, cache=True, **options)
+
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """Count and hash of the rows of each use."""
+        uses = ("train", "validation", "test")
+        return {u: {"rows": len(r), "sha256": RowSet(r, "").digest()} for u in uses if (r := self.rows(u))}
+
+    def names(self) -> list[str]:
+        """The sources as the user gave them."""
+        return [str(source) for source in (*self.settings.train, *self.settings.validation, *self.settings.test)]
+
+
+def _grouped(source: Any, group: str | None) -> Any:
+    if group is None:
+        return source
+    block = {"path": str(source)} if isinstance(source, str | Path) else dict(source)
+    return {**block, "map": {"group": group, **block.get("map", {})}}

@@ -1,0 +1,346 @@
+"""One stage: open the start, prepare, select, attach, train, leave an artefact.
+
+What a stage decides before training (preparation records, the allocation) is written down first, so that a stage killed
+in the middle goes on with the same decisions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pegbox.errors import BadInput, Unsupported
+from pegbox.parts.allocation import Allocation
+from pegbox.parts.anatomy import Anatomy
+from pegbox.parts.context import Context
+from pegbox.parts.files import read_json, replace_folder, write_json
+from pegbox.parts.results import Cost
+from pegbox.recipe import Recipe
+from pegbox.runner.data import RunData
+from pegbox.runner.opening import Opened, open_roles, precision_of
+from pegbox.spec import RunSpec
+
+__all__ = ["StageJob", "TrainedStage"]
+
+ALLOCATION = "allocation.safetensors"
+
+
+@dataclass
+class TrainedStage:
+    """What a stage's work returns to the runner."""
+
+    cost: Cost
+    log: list[dict[str, Any]] = field(default_factory=list)
+    readings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageJob:
+    """Everything one stage needs.
+
+    Args:
+        folder: the stage's own folder. start: the artefact folder it begins from, None for the bare base.
+        open_start: opens the start; `weights_of` gives the bare state of another stage's start or end by name.
+        patch: what the protocol laid over the recipe beside recipe blocks (use, settings, round, ...).
+    """
+
+    spec: RunSpec
+    recipe: Recipe
+    folder: Path
+    start: Path | None
+    data: RunData
+    patch: Mapping[str, Any]
+    open_start: Callable[[Recipe, bool], Opened]
+    weights_of: Callable[[str, str], Mapping[str, Any]]
+    allocation_of: Callable[[str], Allocation]
+    root: Any
+    evaluator: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
+    progress: bool = False
+    callbacks: Sequence[Any] = ()
+    resume: bool = False
+    name: str = "train"
+
+    # ---- the three things a stage can do
+
+    def train(self) -> TrainedStage:
+        """Prepare, select, attach, train; leave the artefact."""
+        from pegbox.engine import train_stage
+
+        began = time.perf_counter()
+        continued = self._continues()
+        opened = self.open_start(self.recipe, continued)
+        model, tokenizer = opened.model, opened.tokenizer
+        ctx = self._context(model, tokenizer)
+        records = self._prepare(model, ctx)
+        allocation = self._allocate(model, ctx)
+        if not continued:
+            model = self.recipe.tuner.attach(_plain(model), allocation, ctx)
+        ctx.model = model
+        if type(self.recipe.tuner).reference_view:
+            ctx.reference = lambda: self.recipe.tuner.reference(model)
+        task, host = self.recipe.task, self.recipe.objective.host
+        before = time.perf_counter() - began
+        outcome = train_stage(
+            model,
+            task.view,
+            self._examples("train", tokenizer, host),
+            self._examples("validation", tokenizer, host),
+            task.collator(tokenizer, **self._collation()) if host == "supervised" else None,
+            self.recipe.objective,
+            self.recipe.optim,
+            self.recipe.data,
+            self.settings(),
+            self.folder,
+            ctx,
+            callbacks=[*self._schedules(model, ctx), *self._listeners(), *self.callbacks],
+            evaluator=self._evaluator(tokenizer),
+            resume=self.resume,
+            rewards=self._rewards() if host == "policy" else (),
+            identity={"recipe": self.recipe.digest(), "base": self.root.fingerprint, "data": self.data.digests()},
+            selection_digest=allocation.digest() if allocation is not None else None,
+        )
+        self._write_artefact(model, tokenizer, records, outcome, continued)
+        cost = outcome.cost.model_copy(update={"seconds": outcome.cost.seconds + before})
+        readings = {"status": outcome.status, "best": outcome.best}
+        return TrainedStage(cost, outcome.log, {k: v for k, v in readings.items() if v is not None})
+
+    def select(self) -> TrainedStage:
+        """Make the allocation only."""
+        if self.recipe.select is None:
+            raise BadInput(f"stage '{self.name}' selects, but has no `select:` block.")
+        began = time.perf_counter()
+        opened = self.open_start(self.recipe, False)
+        self._allocate(opened.model, self._context(opened.model, opened.tokenizer))
+        return TrainedStage(Cost(seconds=time.perf_counter() - began))
+
+    # ---- settings and data
+
+    def settings(self) -> Any:
+        """The engine's settings of this stage; `share` is a stage's part of the run's length."""
+        given = dict(self.patch.get("settings") or {})
+        share = given.pop("share", None)
+        settings = self.spec.settings(**given)
+        if share is not None:
+            settings = settings.model_copy(update=_scaled(settings, float(share)))
+        precision = "bf16" if precision_of(self.spec) in {"bf16", "nf4"} and _on_gpu(self.spec) else "fp32"
+        return settings.model_copy(update={"precision": precision})
+
+    def _examples(self, use: str, tokenizer: Any, host: str) -> Any:
+        rows = self.data.rows(use)
+        if not rows:
+            return None
+        if host == "supervised":
+            return self.data.encoded(use, self.recipe.task, tokenizer)
+        from datasets import Dataset
+
+        from pegbox.data.collate import preference_records
+
+        return Dataset.from_list(preference_records(rows) if host == "preference" else _prompts(rows))
+
+    def _evaluator(self, tokenizer: Any) -> Callable[[nn.Module], Mapping[str, float]] | None:
+        score = self.evaluator
+        return None if score is None else lambda model: score(model, tokenizer)
+
+    def _rewards(self) -> list[Callable[..., list[float]]]:
+        """The rows' own checkers as one reward function for a policy objective."""
+        from pegbox.parts.answers import checker_for
+
+        rows = {row.id: row for row in self.data.rows("train")}
+
+        def verified(completions: Sequence[Any], row_id: Sequence[str], **_: Any) -> list[float]:
+            texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+            return [float(checker_for(rows[i])(text, rows[i])) for text, i in zip(texts, row_id)]
+
+        return [verified]
+
+    def _collation(self) -> dict[str, Any]:
+        return {"packing": self.spec.rows.packing, "max_length": self.spec.rows.max_length}
+
+    def _context(self, model: nn.Module, tokenizer: Any) -> Context:
+        return Context(
+            model=model, seed=self.spec.seed, tokenizer=tokenizer, roles=dict(open_roles(self.spec, self.recipe))
+        )
+
+    def batches(self, tokenizer: Any, count: int | None = None) -> Callable[[], Iterable[Any]]:
+        """Calibration batches: the first training rows, in the data's own order, in micro-batches."""
+        examples = self.data.encoded("train", self.recipe.task, tokenizer)
+        collate = self.recipe.task.collator(tokenizer)
+        size = min(8, len(examples))
+
+        def run() -> Iterable[Any]:
+            limit = len(examples) if count is None else min(len(examples), count * size)
+            for first in range(0, limit, size):
+                yield collate([examples[i] for i in range(first, min(first + size, limit))])
+
+        return run
+
+    # ---- decisions, written down before training
+
+    def _prepare(self, model: nn.Module, ctx: Context) -> list[tuple[Any, Path]]:
+        """Apply the recipe's preparations to a bare base, or replay what was recorded."""
+        if self.start is not None:  # they stand in the start's own parts
+            return []
+        done = []
+        for i, preparation in enumerate(self.recipe.prepare):
+            folder = self.folder / f"prep-{i}"
+            if folder.is_dir():
+                preparation.replay(model, folder)
+            else:
+                batches = self.batches(ctx.tokenizer) if preparation.needs_batches else tuple
+                record = preparation.apply(model, batches, ctx)
+                temporary = self.folder / f".prep-{i}"
+                temporary.mkdir(parents=True, exist_ok=True)
+                preparation.save(record, temporary)
+                replace_folder(temporary, folder)
+            done.append((preparation, folder))
+        return done
+
+    def _allocate(self, model: nn.Module, ctx: Context) -> Allocation | None:
+        path = self.folder / ALLOCATION
+        other = (self.patch.get("use") or {}).get("selection")
+        if path.is_file():
+            allocation = Allocation.load(path)
+        elif other is not None:
+            allocation = self.allocation_of(other)
+        elif self.recipe.select is None:
+            return None
+        else:
+            allocation = self._select(model, ctx)
+        self._compare(allocation)
+        if not path.is_file() and _main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}")
+            allocation.save(temporary)
+            temporary.replace(path)
+        return allocation
+
+    def _select(self, model: nn.Module, ctx: Context) -> Allocation:
+        selector = self.recipe.select
+        assert selector is not None
+        plain = _plain(model)
+        anatomy = Anatomy.of(plain)
+        stats = self._statistics(plain, ctx)
+        generator = ctx.generator("select", self.patch.get("round", 0))
+        return selector.select(anatomy, dict(plain.named_parameters()), stats, generator)
+
+    def _statistics(self, model: nn.Module, ctx: Context) -> Mapping[str, Any] | None:
+        """What the selector asked for: other stages' weights, or a pass over calibration batches."""
+        assert self.recipe.select is not None
+        wanted = self.recipe.select.statistics()
+        if wanted is None:
+            return None
+        stages = getattr(wanted, "weights_of", None)
+        if stages is not None:
+            return {key: self.weights_of(stage, point) for key, (stage, point) in stages.items()}
+        from pegbox.parts.statistics import collect
+
+        view = self.recipe.task.view(model)
+        return collect(model, wanted, self.batches(ctx.tokenizer, wanted.batches)(), loss=self._loss_of(view))
+
+    def _loss_of(self, view: Any) -> Callable[[nn.Module, Any], Any]:
+        def loss(_: nn.Module, batch: Any) -> Any:
+            objective = self.recipe.objective
+            value = objective.value(None, view, batch, objective.count(batch))
+            if value is None:
+                raise Unsupported(f"objective '{objective.kind}' has no value to gather statistics with.")
+            return value
+
+        return loss
+
+    def _compare(self, allocation: Allocation) -> None:
+        from pegbox.engine.distributed import check_same_on_ranks
+
+        check_same_on_ranks(allocation.digest())
+
+    def _schedules(self, model: nn.Module, ctx: Context) -> list[Any]:
+        """Selections done again during training, as the tuner knows how to move them."""
+        selector = self.recipe.select
+        schedule = getattr(selector, "schedule", None)
+        if selector is None or schedule is None or schedule.every is None:
+            return []
+        return [self.recipe.tuner.schedule(model, selector, ctx)]
+
+    def _listeners(self) -> list[Any]:
+        if not self.progress or not _main():
+            return []
+        from pegbox.engine.display import Display
+
+        return [Display(title=self.recipe.title or self.name)]
+
+    # ---- the artefact
+
+    def _continues(self) -> bool:
+        """Whether training goes on with the very tuner that the start's last part holds."""
+        if self.start is None:
+            return False
+        manifest = read_json(self.start / "artefact.json")
+        applied = [part for part in manifest["parts"] if part["kind"] not in ("data", "json")]
+        if not applied or applied[-1]["kind"] != "adapter" or type(self.recipe.tuner).part_kind != "adapter":
+            return False
+        return bool(applied[-1]["component"] == self.recipe.tuner.model_dump(mode="json"))
+
+    def _write_artefact(
+        self, model: nn.Module, tokenizer: Any, records: list[tuple[Any, Path]], outcome: Any, continued: bool
+    ) -> None:
+        from pegbox.artefact import ArtefactWriter
+        from pegbox.engine.distributed import barrier
+
+        if _main():
+            with ArtefactWriter(
+                self.folder / "artefact", self.root, start=self.start, replace_last=continued
+            ) as writer:
+                for preparation, folder in records:
+                    writer.add_recorded(preparation, folder)
+                writer.add_tuner(self.recipe.tuner, model)
+                writer.add_step(self.recipe.optim, outcome.states.get("step"))
+                if tokenizer is not None:
+                    writer.add_tokenizer(tokenizer)
+            size = sum(p.stat().st_size for p in (self.folder / "artefact").rglob("*") if p.is_file())
+            outcome.cost.artefact_bytes = size
+        barrier()
+
+
+def save_stage(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Write stage.json: the mark of a finished stage."""
+    write_json(folder / "stage.json", dict(entry))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The bare model below an attached update, with the update written into its weights."""
+    from pegbox.artefact import settle
+
+    return settle(model)
+
+
+def _prompts(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows for a policy host: the conversation up to its last answer, and the row's id for its checker."""
+    from pegbox.evaluate.base import prompt_of
+
+    return [{"prompt": prompt_of(row), "row_id": row.id} for row in rows]
+
+
+def _scaled(settings: Any, share: float) -> dict[str, Any]:
+    if not 0 < share <= 1:
+        raise BadInput(f"A stage's share of the training must lie in (0, 1], got {share}.")
+    if settings.steps is not None:
+        return {"steps": max(1, round(settings.steps * share))}
+    if settings.tokens is not None:
+        return {"tokens": max(1, round(settings.tokens * share))}
+    return {"epochs": settings.epochs * share}
+
+
+def _on_gpu(spec: RunSpec) -> bool:
+    from pegbox.models import pick_device
+
+    return pick_device(spec.device).type != "cpu"
+
+
+def _main() -> bool:
+    from pegbox.engine.distributed import is_main
+
+    return is_main()
