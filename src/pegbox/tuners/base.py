@@ -33,6 +33,11 @@ class Tuner(Component):
         """Make `model` trainable in this form and return what trains (a PeftModel, or the model itself)."""
         raise NotImplementedError
 
+    def schedules(self, selector: Any, ctx: Context) -> list[Any]:
+        """Work between optimizer steps that a selection which moves needs, as the engine's schedules (`every`,
+        `refresh(step, model, optimizer)`); none by default."""
+        return []
+
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A context under which the attached `model` answers as the bare base; exact on leaving, also on exceptions."""
         raise NotImplementedError

@@ -85,7 +85,7 @@ class PeftTuner(Tuner):
     @property
     def options(self) -> dict[str, Any]:
         """The block without `kind`, plain JSON."""
-        return {key: value for key, value in (self.model_extra or {}).items()}
+        return dict(self.model_extra or {})
 
     def config(self, **changes: Any) -> Any:
         """A fresh PEFT config with this block's options."""
@@ -108,7 +108,7 @@ class PeftTuner(Tuner):
             changes["total_step"] = max(ctx.total_steps, 1)
         return attach_peft(model, self.config(**changes))
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def reference(self, model: Any) -> AbstractContextManager[Any]:
         return model.disable_adapter()
 
     def save(self, model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def peft_tuner(kind: str) -> type[PeftTuner]:
     """The component class of one PEFT method."""
     namespace = {
         "__module__": __name__,
-        "__annotations__": {"kind": Literal[kind]},  # type: ignore[valid-type]
+        "__annotations__": {"kind": Literal[kind]},
         "kind": kind,
         "__doc__": f"PEFT's {config_class(kind).__name__.removesuffix('Config')}, by its own options.",
         "keeps_causality": kind not in {"adaption_prompt"},
@@ -203,7 +203,7 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
 
 def _fits_template(value: str, hint: Any) -> bool:
     """Whether `value` is a literal of `hint` with its [placeholder] filled by a number ("pissa_niter_16")."""
-    literals = [hint] if isinstance(hint, str) else [a for a in typing.get_args(hint)]
+    literals = [hint] if isinstance(hint, str) else list(typing.get_args(hint))
     for literal in literals:
         if isinstance(literal, str):
             pattern = re.sub(r"\\\[.*?\\\]", r"\\d+", re.escape(literal))

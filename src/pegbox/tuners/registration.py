@@ -14,8 +14,9 @@ __all__ = ["add_peft_type", "register"]
 
 def add_peft_type(name: str) -> Any:
     """The member `name` of `PeftType` (upper case), added if it is not there."""
-    from peft.utils import PeftType
+    import peft.utils
 
+    PeftType: Any = peft.utils.PeftType
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)

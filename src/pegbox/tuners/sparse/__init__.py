@@ -11,12 +11,33 @@ from pegbox.tuners.sparse.tuner import SparseTuner
 
 if TYPE_CHECKING:
     from pegbox.tuners.sparse.config import SparseConfig
+    from pegbox.tuners.sparse.export import export_delta
     from pegbox.tuners.sparse.layer import SparseLayer
     from pegbox.tuners.sparse.model import SparseModel, sparse_layers
+    from pegbox.tuners.sparse.refresh import MaskRefresh, callbacks_for, refresh
 
-__all__ = ["SparseConfig", "SparseLayer", "SparseModel", "SparseTuner", "sparse_layers"]
+__all__ = [
+    "MaskRefresh",
+    "SparseConfig",
+    "SparseLayer",
+    "SparseModel",
+    "SparseTuner",
+    "callbacks_for",
+    "export_delta",
+    "refresh",
+    "sparse_layers",
+]
 
-_LATE = {"SparseConfig": "config", "SparseLayer": "layer", "SparseModel": "model", "sparse_layers": "model"}
+_LATE = {
+    "MaskRefresh": "refresh",
+    "SparseConfig": "config",
+    "SparseLayer": "layer",
+    "SparseModel": "model",
+    "callbacks_for": "refresh",
+    "export_delta": "export",
+    "refresh": "refresh",
+    "sparse_layers": "model",
+}
 
 
 def __getattr__(name: str) -> Any:

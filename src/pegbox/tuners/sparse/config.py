@@ -70,9 +70,6 @@ class SparseConfig(PeftConfig):
                 raise BadInput(f"sparse: {name} = {value!r}.{did_you_mean(str(value), allowed)}")
         if not self.tensors or not set(self.tensors) <= {"weight", "bias"}:
             raise BadInput(f"sparse: tensors = {self.tensors!r}; choose from weight, bias.")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            if self.target_modules != "all-linear":
-                raise BadInput("sparse: layers_to_transform needs target_modules as a list, not a pattern.")
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         if self.allocation == "select":

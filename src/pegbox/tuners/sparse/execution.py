@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,14 +36,14 @@ class BaseFacts:
 
 def base_facts(module: nn.Module) -> BaseFacts:
     """Read the facts off a module with a `weight` (or packed weights with `in_features` and `out_features`)."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     sharded = hasattr(weight, "device_mesh")
     packed = weight is None or not weight.is_floating_point() or (not sharded and _is_subclass(weight))
     offloaded = bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
     if packed:
         if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
             raise Unsupported(f"the sparse tuner can't tune a {type(module).__name__}: it has no floating weight.")
-        tensor = weight if weight is not None else next(iter((*module.parameters(), *module.buffers())))
+        tensor: torch.Tensor = weight if weight is not None else next(iter((*module.parameters(), *module.buffers())))
         shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
         dtype = getattr(module, "compute_dtype", None) or torch.float32
         return BaseFacts(shape, dtype, tensor.device, True, offloaded, False, True, False, True)

@@ -1,8 +1,8 @@
 """What is written into a base weight at the moment, and how it gets in and out, bit for bit.
 
-A stamp says what the weight should hold: (adapter, its index set's number, its values' versions..., the clock), or None
-for the pretrained weight. Only a differing stamp writes. Under `fully_shard` a weight is gathered anew for each pass, so
-nothing written lasts: then every pass writes.
+A stamp says what the weight should hold: (adapter, its index set's number, its values' versions, the clock), or None
+for the pretrained weight. Only a differing stamp writes. Under `fully_shard` a weight is gathered anew for each pass,
+so nothing written lasts: then every pass writes.
 """
 
 from __future__ import annotations

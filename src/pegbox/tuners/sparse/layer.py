@@ -6,9 +6,9 @@ Three executions (chosen per layer, see `execution.py`):
     bypass     base(x) + x D^T with D sparse; for packed or offloaded bases
 Vectors (norms, biases) are always built: they cost nothing.
 
-In place, a forward compares one stamp; it writes only after an optimizer step, a touch or a switch. If somebody switches
-the adapter off between a forward and its backward (a reference pass), backward writes it again; if the values moved in
-between, it raises.
+In place, a forward compares one stamp; it writes only after an optimizer step, a touch or a switch. If somebody
+switches the adapter off between a forward and its backward (a reference pass), backward writes it again; if the values
+moved in between, it raises.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.indexsets import check_index, index_dtype, numel
-from pegbox.parts.parameterinfo import CLOCK, ParameterInfo, attach_info, info_of
+from pegbox.parts.parameterinfo import CLOCK, ParameterInfo, attach_info, info_of, touch
 from pegbox.tuners.sparse.execution import base_facts, choose_execution
 from pegbox.tuners.sparse.in_place import InPlace
 from pegbox.tuners.sparse.lent import Lent
@@ -35,6 +35,7 @@ from pegbox.tuners.sparse.slots import (
     build_with_grad,
     difference_of,
     gather_parts,
+    move,
     restore_entries,
     touched,
     values_dtype,
@@ -162,12 +163,42 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         held = self._of(tensor, "values")
         return [adapter for adapter in self.active_adapters if adapter in held]
 
+    @property
+    def base(self) -> Any:
+        """The wrapped module."""
+        return self.base_layer
+
     def sparse_values(self, tensor: str, adapter: str) -> nn.Parameter:
         return self._of(tensor, "values")[adapter]
 
     def option(self, adapter: str, name: str) -> str:
         """An adapter's execution, gradient or coordinates on this layer."""
         return self._options[adapter][name]
+
+    @torch.no_grad()
+    def move(self, adapter: str, tensor: str, index: Tensor) -> tuple[nn.Parameter, Tensor, torch.Size]:
+        """Train other entries from now on (see `slots.move`). The parameter stays the same object, also if k changes.
+
+        Returns the values parameter, each entry's place in it before (-1: new), and its shape before.
+        """
+        self.revert()
+        check_index(index, numel(self.shape_of(tensor)), f"{self.module_name}.{tensor}")
+        result = move(self.slot(adapter, tensor), index, self.pretrained(tensor))
+        values = self.sparse_values(tensor, adapter)
+        before = values.shape
+        if values.shape == result.values.shape:
+            values.copy_(result.values)
+        else:
+            values.data, values.grad = result.values, None
+        self._of(tensor, "index")[adapter] = result.index
+        for part, held in (("left_index", result.left_index), ("left_values", result.left_values)):
+            if held.numel():
+                self._of(tensor, part)[adapter] = held
+            elif adapter in self._of(tensor, part):
+                del self._of(tensor, part)[adapter]
+        self.moved(adapter)
+        touch([values])
+        return values, result.source, before
 
     def moved(self, adapter: str) -> None:
         """Say that an adapter's index sets have changed (or have been loaded)."""
@@ -252,7 +283,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def _require_loaded(self, adapter: str) -> None:
         if self._moves[adapter] < 0:
             raise BadInput(
-                f"{self.module_name}: adapter '{adapter}' was made from a saved config and its file has not been loaded."
+                f"{self.module_name}: adapter '{adapter}' was made from a saved config, but its file is not loaded."
                 " Use PeftModel.from_pretrained, or set allocation='select' to choose entries anew."
             )
 
@@ -284,8 +315,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def revert(self) -> None:
         """The base weight holds the pretrained entries, bit for bit; the next forward writes again."""
         if self.in_place.stamp is not None or self.in_place.regathered:
-            self.in_place.settle(self.base_layer.weight)
+            self.in_place.settle(self.base.weight)
             self.in_place.write(None, None)
+
+    def tuned(self, tensor: str) -> Tensor:
+        """The tuned tensor, to read only: the base's own memory where the entries are written into it."""
+        if tensor == "weight":
+            self.sync()
+            if self.in_place.stamp is not None:
+                return self.base.weight.detach()
+        return self.effective(tensor)
 
     def effective(self, tensor: str) -> Tensor:
         """The tuned tensor as a new one, with no gradient."""
@@ -426,7 +465,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.attach_infos()
 
     def extra_repr(self) -> str:
-        counts = {a: v.numel() for a, v in self.sparse_weight_values.items()}
+        counts = {a: v.numel() for a, v in self._of("weight", "values").items()}
         return f"kept={counts}"
 
     def pattern(self, adapter: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a sparse layer lends to one forward and its backward: the weight as it was, and gradients of the kept entries."""
+"""What a sparse layer lends to one forward and its backward: the weight as it was, the gradient of the kept entries."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Lent:
             shape = layer.shape_of("weight")
             return add_entries(layer.pretrained("weight"), [layer.slot(a, "weight") for a in self.adapters]).view(shape)
         held, wanted = layer.in_place, (*self.identities[0], CLOCK.now)
-        held.settle(layer.base_layer.weight)
+        held.settle(layer.base.weight)
         if held.stamp is None or held.stamp[:-1] != wanted[:-1] or held.regathered:
             # a reference pass took the entries out, or the weight was gathered anew
             held.write(wanted, layer.slot(self.adapters[0], "weight"))
-        return layer.base_layer.weight.detach()
+        return layer.base.weight.detach()
 
     def kept_gradient(self, which: int, g: Tensor, x: Tensor) -> Tensor:
         layer, adapter = self.layer, self.adapters[which]

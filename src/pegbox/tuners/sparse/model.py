@@ -85,7 +85,7 @@ class SparseModel(BaseTuner):
             given = select_entries(config, modules, shapes)
         return {name: index_of_choice(given[name], shapes[name], name) for name in given if not _frozen(given[name])}
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: SparseConfig,
         adapter_name: str,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 __all__ = ["Bypass", "Holder", "Kept", "Operation", "csr_pattern", "operation_of", "sampled_product"]
 
@@ -96,12 +97,12 @@ class Conv2dOperation(Operation):
         return F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
 
     def input_gradient(self, module: Any, g: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_input(
+        return conv2d_input(
             x_shape, weight, g, module.stride, module.padding, module.dilation, module.groups
         )
 
     def dense_gradient(self, module: Any, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-        return torch.nn.grad.conv2d_weight(
+        return conv2d_weight(
             x.to(g.dtype), shape, g, module.stride, module.padding, module.dilation, module.groups
         )
 
@@ -145,7 +146,7 @@ class Kept(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, holder: Holder, *values: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, holder: Holder, *values: Tensor) -> Tensor:
         y = holder.operation.forward(holder.module, x, holder.weight(), bias)
         ctx.holder, ctx.x_shape, ctx.x_dtype = holder, x.shape, x.dtype
         if any(ctx.needs_input_grad[3:]):
@@ -153,7 +154,7 @@ class Kept(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         holder, operation = ctx.holder, ctx.holder.operation
         weight = holder.weight()
         gx = gb = None
@@ -163,7 +164,7 @@ class Kept(torch.autograd.Function):
             gb = operation.bias_gradient(g)
         x = ctx.saved_tensors[0] if ctx.saved_tensors else None
         kept = [
-            holder.kept_gradient(i, g, x) if needed else None  # type: ignore[arg-type]
+            holder.kept_gradient(i, g, x) if needed else None
             for i, needed in enumerate(ctx.needs_input_grad[3:])
         ]
         return gx, gb, None, *kept
@@ -173,7 +174,7 @@ class Bypass(torch.autograd.Function):
     """x D^T (or x D where transposed) for a sparse D with values `values` (k,): beside a base that stays untouched."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, int], transposed: bool
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, index)
@@ -181,7 +182,7 @@ class Bypass(torch.autograd.Function):
         return _sparse_times(csr_pattern(index, shape, values.detach()), x, forward=not transposed)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, values, index = ctx.saved_tensors
         matrix = csr_pattern(index, ctx.shape, values.detach())
         gx = gv = None

@@ -13,7 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Slot", "add_entries", "difference_of", "touched", "values_dtype", "write_entries"]
+from pegbox.parts.indexsets import locate
+
+__all__ = [
+    "Moved",
+    "Slot",
+    "add_entries",
+    "build_with_grad",
+    "difference_of",
+    "gather_parts",
+    "move",
+    "restore_entries",
+    "touched",
+    "values_dtype",
+    "write_entries",
+]
 
 
 @dataclass
@@ -103,3 +117,49 @@ def build_with_grad(pretrained: Tensor, slots: list[Slot]) -> Tensor:
                 change = difference_of(original, values, slot.absolute)
                 flat = flat.index_put((wide,), (flat[wide].to(values.dtype) + change).to(flat.dtype))
     return flat
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A slot's tensors after its trained set has moved.
+
+    source: (k,) for each trained entry its place in the set before, -1 for one that was not trained.
+    """
+
+    index: Tensor
+    values: Tensor
+    left_index: Tensor
+    left_values: Tensor
+    source: Tensor
+
+
+def move(slot: Slot, index: Tensor, pretrained: Tensor) -> Moved:
+    """Train the entries `index` (k,) from now on; no entry of the tensor changes its value.
+
+    Entries that leave keep what they reached, those that come back bring it along, others start at the pretrained
+    weight. pretrained: the flat tensor without the update.
+    """
+    index = index.to(slot.index.device, slot.index.dtype)
+    source = locate(index, slot.index)
+    values = _start(pretrained, index, slot)
+    known = source >= 0
+    values[known] = slot.values.detach()[source[known]]
+    gone = locate(slot.index, index) < 0
+    left_index, left_values = slot.index[gone], slot.values.detach()[gone]
+    if slot.left_index is not None and slot.left_values is not None:
+        back = locate(index, slot.left_index)
+        values[back >= 0] = slot.left_values[back[back >= 0]]
+        stays = locate(slot.left_index, index) < 0
+        left_index = torch.cat([left_index, slot.left_index[stays]])
+        left_values = torch.cat([left_values, slot.left_values[stays]])
+    start = _start(pretrained, left_index, slot)
+    changed = (left_values != start) | (left_values.signbit() != start.signbit())
+    order = left_index[changed].argsort()
+    return Moved(index, values, left_index[changed][order], left_values[changed][order], source)
+
+
+def _start(pretrained: Tensor, index: Tensor, slot: Slot) -> Tensor:
+    """Values that leave the tensor as it was pretrained."""
+    if not slot.absolute:
+        return torch.zeros(index.numel(), dtype=slot.values.dtype, device=slot.values.device)
+    return pretrained[index.long()].to(slot.values.dtype)

@@ -1,4 +1,4 @@
-"""The sparse tuner as a recipe's `tuner:` block; what it does is in `layer.py`, what it chooses comes from a selector."""
+"""The sparse tuner as a recipe's `tuner:` block; `layer.py` does the work, a selector chooses the entries."""
 
 from __future__ import annotations
 
@@ -68,7 +68,15 @@ class SparseTuner(Tuner):
             config = config.with_allocation(allocation)
         return attach_peft(model, config)
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def schedules(self, selector: Any, ctx: Context) -> list[Any]:
+        schedule = getattr(selector, "schedule", None)
+        if schedule is None or not schedule.moves:
+            return []
+        from pegbox.tuners.sparse.refresh import MaskRefresh
+
+        return [MaskRefresh(selector, seed=ctx.seed)]
+
+    def reference(self, model: Any) -> AbstractContextManager[Any]:
         return model.disable_adapter()
 
     def save(self, model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""Editing the state of any torch optimizer per entry, when the set of trained entries moves.
+
+    state'[j] = state[source[j]]   where source[j] >= 0,   else `fill` (0)
+
+Every state tensor that has its parameter's shape is per entry (Adam's moments, momentum, Adagrad's sums); scalars such
+as the step count are left alone. State that is packed (8-bit, block-wise) can't be edited and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.errors import Unsupported
+
+__all__ = ["drop", "owner_of", "per_entry", "permute", "remap", "seed", "unwrapped"]
+
+_PACKED = ("absmax1", "qmap1", "block_scale")
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def owner_of(optimizers: Any, parameter: nn.Parameter) -> torch.optim.Optimizer | None:
+    """The optimizer, among one or several, that steps `parameter`."""
+    several = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
+    for optimizer in map(unwrapped, several):
+        if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+            return optimizer
+    return None
+
+
+def per_entry(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, shape: torch.Size | None = None) -> list[str]:
+    """Names of the state tensors that hold one number per entry. `shape`: the parameter's when the state was made.
+
+    Raises `Unsupported` for packed state.
+    """
+    state = optimizer.state.get(parameter, {})
+    if any(key in state for key in _PACKED) or any(type(v).__name__.startswith("OptimState") for v in state.values()):
+        raise Unsupported(
+            f"{type(optimizer).__name__} keeps its state in packed 8-bit blocks, which can't follow entries that move."
+            " Use a 32-bit optimizer, or a selection that does not move."
+        )
+    wanted = parameter.shape if shape is None else shape
+    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == wanted]
+
+
+def drop(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: Tensor | None = None) -> None:
+    """Forget the state of the entries `at` (positions in the parameter, flat), or all of it, step count included."""
+    if at is None:
+        optimizer.state.pop(parameter, None)
+        return
+    for key in per_entry(optimizer, parameter):
+        optimizer.state[parameter][key].view(-1)[at.long()] = 0
+
+
+def seed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Set the state of the entries `at` to given values, by the state's own names ("exp_avg", ...)."""
+    known = per_entry(optimizer, parameter)
+    for key, value in values.items():
+        if key not in known:
+            raise Unsupported(f"{type(optimizer).__name__} has no per-entry state '{key}'; it has {known}.")
+        held = optimizer.state[parameter][key]
+        held.view(-1)[at.long()] = value.to(held)
+
+
+def permute(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, order: Tensor) -> None:
+    """Reorder the state as the parameter was reordered: new[j] = old[order[j]]."""
+    remap(optimizer, parameter, order)
+
+
+def remap(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    source: Tensor,
+    shape_before: torch.Size | None = None,
+    fill: Mapping[str, float] | None = None,
+) -> None:
+    """Move the state after the set of entries has moved.
+
+    Args:
+        source: (k,) for each entry of the parameter now, its place in the parameter before, or -1 for a new one.
+        shape_before: the parameter's shape before, where it has changed.
+        fill: what new entries start from, by state name (default 0).
+
+    Shared entries keep their numbers bit for bit; the step count stays.
+    """
+    here = source >= 0
+    place = source.clamp(min=0)
+    for key in per_entry(optimizer, parameter, shape_before):
+        old = optimizer.state[parameter][key]
+        moved = torch.full(source.shape, (fill or {}).get(key, 0.0), dtype=old.dtype, device=old.device)
+        if old.numel():
+            moved = torch.where(here.to(old.device), old.view(-1)[place.to(old.device)], moved)
+        if old.shape == moved.shape:
+            old.copy_(moved)
+        else:
+            optimizer.state[parameter][key] = moved
