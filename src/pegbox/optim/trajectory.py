@@ -185,9 +185,9 @@ class Trajectory:
     def from_values(cls, values: Mapping[str, Any]) -> Trajectory:
         """Put together and checked. Raises `ValueError`."""
         known = {f.name for f in fields(Header)}
-        header = Header(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values["header"].items() if k in known}
-        )
+        given = values["header"].items()
+        named: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given if k in known}
+        header = Header(**named)
         rates = list(values["rates"])
         samples = list(values.get("samples") or [1] * len(rates))
         if not (len(samples) == len(rates) and sum(samples) == len(values["seeds"]) == len(values["projected"])):
