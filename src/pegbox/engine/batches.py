@@ -11,10 +11,11 @@ permutation's place; it is iterated once per epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Sampler
 
 from pegbox.errors import BadInput
 from pegbox.parts.context import seed_of
@@ -75,7 +76,7 @@ class RowStream:
             epoch += 1
 
 
-class StepBatches:
+class StepBatches(Sampler[list[int]]):
     """A batch sampler: lists of row numbers, one per micro-batch of this process, from a given step to the last."""
 
     def __init__(self, stream: RowStream, batch: int, micro: int, steps: int, rank: int = 0, world: int = 1):
@@ -120,18 +121,12 @@ def steps_for_tokens(stream: RowStream, lengths: Sequence[int], batch: int, toke
     return steps
 
 
-def train_loader(
-    dataset: Sequence[Any], batches: StepBatches, collate: Any, workers: int = 0, pin: bool = False
-) -> Any:
-    """A torch DataLoader over the batches. It takes no number from the global generators."""
-    from torch.utils.data import DataLoader
+def train_loader(dataset: Any, batches: StepBatches, collate: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """A torch DataLoader over the batches. It takes no number from the global generators.
 
-    workers = 0 if batches.stream.sampler is not None else workers  # a policy's order is drawn when it is used
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin,
-        generator=torch.Generator().manual_seed(0),
-    )
+    `options` are DataLoader's own. Workers fetch ahead, so a policy's sampler, whose order may depend on how training
+    went, is always read in this process, when its rows are used.
+    """
+    options = {} if batches.stream.sampler is not None else dict(options or {})
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator, **options)

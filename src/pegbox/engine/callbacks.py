@@ -32,7 +32,7 @@ class Schedule(Protocol):
     every: int | None
 
     def refresh(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Called before the optimizer step after `step` finished ones, when `step` is a positive multiple of `every`."""
+        """Called before the optimizer step that follows `step` finished ones, at positive multiples of `every`."""
 
 
 class Listener:
@@ -102,8 +102,8 @@ class Hooks(TrainerCallback):
         self.tell(LogRecord(event="start", step=state.global_step, total_steps=state.max_steps))
         if self.trainer.pending_evaluation:  # the run was stopped inside it
             self.trainer._determine_best_metric(self.trainer.evaluate())
-            if self.trainer.pending_evaluation or self.trainer.stopped_early:
-                raise Interrupted
+        if self.trainer.pending_evaluation or self.trainer.out_of_patience():
+            raise Interrupted
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}

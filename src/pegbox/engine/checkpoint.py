@@ -2,9 +2,9 @@
 
     checkpoints/checkpoint-120/{model,optimizer,...}.safetensors, *.json, manifest.json
 
-`manifest.json` = {file: [bytes, sha256]} is written last, by temporary name, sync and rename: a folder without a manifest
-that verifies does not exist for a reader. Older checkpoints go only after the new one is good. Tensors are safetensors,
-everything else JSON: nothing is unpickled, ever.
+`manifest.json` = {file: [bytes, sha256]} is written last, by temporary name, sync and rename: a folder without a
+manifest that verifies does not exist for a reader. Older checkpoints go only after the new one is good. Tensors are
+safetensors, everything else JSON: nothing is unpickled, ever.
 
 What this file does not know: trainers, what the files mean.
 """
@@ -27,7 +27,7 @@ from pegbox.engine.packing import pack, unpack
 from pegbox.errors import BadInput, Corrupt, PegboxError, RunFailed
 from pegbox.parts.files import fsync_tree, read_json, sha256_file, write_json
 
-__all__ = ["CheckpointStore", "load_tree", "load_tensors", "save_tensors", "save_tree"]
+__all__ = ["CheckpointStore", "load_tensors", "load_tree", "save_tensors", "save_tree"]
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -110,8 +110,8 @@ class CheckpointStore:
             f"The checkpoint of step {good} is intact; go on from it with --resume" if good else "No earlier one exists"
         )
         return RunFailed(
-            f"The checkpoint of step {step} could not be written to {self.folder(step)}: {error}. {kept}, once there is "
-            "space and the folder is writable."
+            f"The checkpoint of step {step} could not be written to {self.folder(step)}: {error}. {kept}, once "
+            "there is space and the folder is writable."
         )
 
     def seal(self, step: int) -> None:

@@ -10,6 +10,7 @@ gradients: the engine multiplies by the number of processes before backward.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,12 +30,21 @@ __all__ = [
     "full",
     "gather_rows",
     "is_main",
+    "join_processes",
     "mean_over_ranks",
     "rank",
     "shard",
     "sum_over_ranks",
     "world",
 ]
+
+
+def join_processes(device: str) -> None:
+    """Join the process group that a launcher (torchrun, accelerate) prepared, through accelerate; once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
 def world() -> int:
@@ -174,5 +184,5 @@ def shard(model: nn.Module, device: str) -> Whole:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The layers of the longest ModuleList of equal layers: a model's blocks."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
+    return max(lists, key=len, default=[])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pegbox.engine.distributed import gather_rows, rank, world
+from pegbox.engine.host_type import TrainerLike
 from pegbox.engine.packing import restore_random, take_random
 from pegbox.engine.settings import TrainSettings
 from pegbox.engine.signals import Interrupted, StopRequest
@@ -38,7 +39,7 @@ def eval_batches(dataset: Any, collate: Callable[..., Any], size: int, *, split:
         yield collate([dataset[i] for i in range(start, min(start + size, len(dataset)))])
 
 
-class Evaluating:
+class Evaluating(TrainerLike):
     """Mixin: `evaluate` of the trainer by pegbox's rules. Attributes set by whoever makes the trainer."""
 
     train_settings: TrainSettings
@@ -101,7 +102,7 @@ class Evaluating:
     def _host_loss(self, dataset: Any) -> float | None:
         log, self.log = self.log, lambda *_, **__: None  # its record would come without our fields
         try:
-            return super().evaluate(dataset, metric_key_prefix="eval").get("eval_loss")  # type: ignore[misc]
+            return super().evaluate(dataset, metric_key_prefix="eval").get("eval_loss")
         finally:
             self.log = log
 
@@ -124,10 +125,11 @@ class Evaluating:
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             if self.train_settings.select == "best":
                 self.control.should_save = True
-        patience = self.train_settings.early_stopping
-        if patience is not None and self.since_best >= patience:
-            self.stopped_early = True
+        if self.out_of_patience():
             self.control.should_training_stop = True
         return better
 
-    stopped_early: bool = False
+    def out_of_patience(self) -> bool:
+        """True if `early_stopping` evaluations in a row were no better than the best."""
+        patience = self.train_settings.early_stopping
+        return patience is not None and self.since_best >= patience

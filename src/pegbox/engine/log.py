@@ -2,8 +2,8 @@
 
     {"version": 1, "event": "step", "step": 12, "loss": 0.83, "lr": 1e-4, "grad_norm": 1.2, "tokens": 9120, ...}
 
-Events: start, step, eval, save, notice, end. On resuming, records beyond the checkpoint's step are cut off, so that each
-step stands there once. NaN is written as null, so that every line is strict JSON.
+Events: start, step, eval, save, notice, end. On resuming, records beyond the checkpoint's step are cut off, so that
+each step stands there once. NaN is written as null, so that every line is strict JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pegbox.parts.files import write_text, writing
 
-__all__ = ["LOG_SCHEMA", "LogRecord", "LogWriter", "log_schema"]
+__all__ = ["LOG_SCHEMA", "LogRecord", "LogWriter", "as_json", "log_schema"]
 
 LOG_SCHEMA = 1
 
@@ -50,6 +50,7 @@ class LogRecord(BaseModel):
     metrics: dict[str, float | None] = Field(default_factory=dict)
     total_steps: int | None = None
     text: str | None = None
+    stage: str | None = None  # in a run's joined log: which stage
 
 
 def log_schema() -> dict[str, Any]:
@@ -69,7 +70,7 @@ class LogWriter:
             path.unlink()
 
     def write(self, record: LogRecord) -> None:
-        line = json.dumps(_strict(record.model_dump(exclude_none=True, exclude_defaults=False)), allow_nan=False)
+        line = json.dumps(as_json(record), allow_nan=False)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -79,6 +80,11 @@ class LogWriter:
         if self.path.exists():
             with self.path.open("rb+") as file:
                 os.fsync(file.fileno())
+
+
+def as_json(record: LogRecord) -> dict[str, Any]:
+    """A record as strict JSON: absent fields left out, numbers that are not finite as null."""
+    return _strict(record.model_dump(exclude_none=True))
 
 
 def _upto(path: Path, step: int) -> list[str]:

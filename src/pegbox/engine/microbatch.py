@@ -1,10 +1,10 @@
 """How many rows fit into one forward and backward, found out before step 1.
 
-The longest micro-batch and one evaluation batch run first, under a guard that leaves weights, optimizer and random state
-as they were: lack of memory then comes in the first minute, with what would fit, and not at the longest row of the
-second hour. `auto` starts at the whole batch and halves; the effective batch stays, accumulation makes up for it. On the
-CPU nothing raises before the system itself kills the process: there the need of one row is measured and the number is
-what the free memory holds. The same pass measures FLOPs and saved bytes.
+The longest micro-batch and one evaluation batch run first, under a guard that leaves weights, optimizer and random
+state as they were: lack of memory then comes in the first minute, with what would fit, and not at the longest row of
+the second hour. `auto` starts at the whole batch and halves; the effective batch stays, accumulation makes up for it.
+On a CPU nothing raises before the system itself kills the process: there the need of one row is measured and the
+number is what the free memory holds. The same pass measures the bytes that autograd saves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pegbox.engine.distributed import agree, gather_rows, world
 from pegbox.engine.problem import StepProblem, total_counts
 from pegbox.engine.settings import TrainSettings
 from pegbox.errors import BadInput, DoesNotFit
-from pegbox.parts.metering import measuring_flops, saved_bytes
+from pegbox.parts.metering import saved_bytes
 
 __all__ = ["Probe", "choose_micro_batch", "is_out_of_memory"]
 
@@ -30,11 +30,10 @@ CPU_SHARE = 0.6  # of the free memory that saved tensors may take; logits' gradi
 
 @dataclass
 class Probe:
-    """What was found: rows per forward, and per padded input position the FLOPs of forward and backward."""
+    """What was found: rows per forward, and the peak of what autograd saves for the longest of them."""
 
     micro: int = 1
     saved_bytes: int | None = None
-    flops_per_position: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,7 +117,7 @@ def _attempt(trainer: Any, rows: list[Any], collate: Callable[[list[Any]], Any])
 def _measure(trainer: Any, batch: Any, rows: int) -> Probe:
     problem = StepProblem(trainer.micro_loss, [batch], total_counts(trainer.objective, [batch]), trainer.model)
     problem.totals = {n: t.to(trainer.args.device) for n, t in problem.totals.items()}
-    with problem.untouched(), measuring_flops() as flops, saved_bytes(trainer.model) as saved:
+    with problem.untouched(), saved_bytes(trainer.model) as saved:
         trainer.model.train()
         if trainer.step_component.needs_backward:
             parts = [loss for name, loss in problem.losses(0) if not name.startswith("_")]
@@ -126,8 +125,7 @@ def _measure(trainer: Any, batch: Any, rows: int) -> Probe:
             del parts
         else:
             problem.value()
-    positions = batch["input_ids"].numel() if "input_ids" in batch else rows
-    return Probe(rows, saved.peak, flops.total / positions)
+    return Probe(rows, saved.peak)
 
 
 def _attempt_evaluation(trainer: Any, eval_set: Any, collate: Any, size: int) -> Exception | None:

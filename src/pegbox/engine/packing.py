@@ -1,9 +1,9 @@
 """Any nested state as tensors plus JSON, and back, bit for bit: what stands in for a pickle.
 
 A tree of dicts, lists, tuples, tensors, numpy arrays and plain values becomes one flat dict of tensors (safetensors
-holds them) and one JSON value in which a tensor's place is taken by a marker. Floats survive JSON exactly (Python writes
-the shortest text that reads back equal), and so do NaN and infinities. Anything else (an arbitrary object) is refused,
-because restoring it would need code to be run.
+holds them) and one JSON value in which a tensor's place is taken by a marker. Floats survive JSON exactly (Python
+writes the shortest text that reads back equal), and so do NaN and infinities. Anything else (an arbitrary object) is
+refused, because restoring it would need code to be run.
 
 What this file does not know: optimizers, trainers, files.
 """
@@ -47,7 +47,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         items = [[_pack(k, f"{path}.key", tensors), _pack(v, f"{path}.{k}", tensors)] for k, v in value.items()]
         if all(isinstance(k, str) for k in value) and _MARK not in value:
-            return {k: v for k, v in items}
+            return dict(items)
         return {_MARK: "items", "of": items}
     if isinstance(value, tuple | list | set | frozenset):
         ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
@@ -104,7 +104,7 @@ def unpack(tensors: Mapping[str, Tensor], tree: Any, device: torch.device | str 
         case "dtype":
             return getattr(torch, inner)
         case "items":
-            return {k: v for k, v in inner}
+            return dict(inner)
         case "tuple":
             return tuple(inner)
         case "set":

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class StepProblem:
         self.optimizer, self.run = optimizer, run
         self.micro = len(batches)
         self.params = named_trained(model)
-        self.refs = [run(lambda b=b: micro_loss.reference(b)) for b in batches]
+        self.refs = [run(partial(micro_loss.reference, batch)) for batch in batches]
         self.readings: dict[str, list[Tensor]] = {}
         self._random: dict[int, dict[str, Any]] = {}
 
@@ -133,7 +134,7 @@ class StepProblem:
         total = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(self.batches):
             with self._same_random(i):
-                part = self.run(lambda b=batch, r=self.refs[i]: self.loss.value(b, self.totals, r))
+                part = self.run(partial(self.loss.value, batch, self.totals, self.refs[i]))
             if part is None:
                 raise RunFailed("The objective has no value, so a step that works on values can't use it.")
             total = total + part.detach().double().cpu()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pegbox.engine.checkpoint import CheckpointStore, load_tensors, load_tree, save_tensors, save_tree
 from pegbox.engine.distributed import agree, barrier, full, is_main, rank, world
+from pegbox.engine.host_type import TrainerLike
 from pegbox.engine.packing import restore_random, take_random
 from pegbox.errors import BadInput, Corrupt, PegboxError, RunFailed
 from pegbox.parts.files import read_json
@@ -90,7 +91,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _like(saved: Tensor, target: Tensor) -> Tensor:
+def _like(saved: Tensor, target: Any) -> Tensor:
     """`saved` on the target's device, split as the target is."""
     moved = saved.to(target.device)
     if hasattr(target, "device_mesh"):
@@ -147,7 +148,7 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: s
     return lines
 
 
-class Resumable:
+class Resumable(TrainerLike):
     """Mixin that replaces the trainer's checkpoints. Attributes set by whoever makes the trainer:
 
     store: where they go. settings: a JSON value that must be the same on resuming. watch: the model's buffers.
@@ -218,7 +219,7 @@ class Resumable:
         save_tree(folder, f"states-{rank()}", self._own_state())
 
     def _own_state(self) -> dict[str, Any]:
-        counts = {"tokens": self.tokens_seen, "positions": self.positions_seen}
+        counts = {"tokens": self.tokens_seen, "positions": self.positions_seen, "flops": self.flops_per_position}
         return {"owners": self.owners.state_dict(), **counts}
 
     def best_step(self) -> int | None:
@@ -253,6 +254,7 @@ class Resumable:
         states = load_tree(folder, f"states-{rank()}", device)
         self.owners.load_state_dict(states["owners"])
         self.tokens_seen, self.positions_seen = states["tokens"], states["positions"]
+        self.flops_per_position = states["flops"]
         saved = load_tree(folder, "extra", device)
         for name, thing in self.extra.items():
             if name in saved:

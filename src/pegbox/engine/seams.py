@@ -14,7 +14,8 @@ What this file does not know: which objective, estimator or optimizer it carries
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 
 from pegbox.data.base import DataPolicy
 from pegbox.engine.distributed import Whole, agree, full, gather_rows, mean_over_ranks, sum_over_ranks, world
+from pegbox.engine.host_type import TrainerLike
 from pegbox.engine.owners import Owners
 from pegbox.engine.problem import MicroLoss, StepProblem, named_trained, total_counts
 from pegbox.errors import RunFailed, Unsupported
 from pegbox.objectives.base import Objective
 from pegbox.optim.base import Step, StepLog
 from pegbox.parts.context import Context
+from pegbox.parts.metering import measuring_flops
 from pegbox.parts.view import Batch, ModelView
 
 __all__ = ["Seams", "check_step"]
@@ -42,7 +45,7 @@ def check_step(objective: Objective | None, step: Step) -> None:
         )
 
 
-class Seams:
+class Seams(TrainerLike):
     """Mixin before a trainer class; see the module's docstring.
 
     Args (keywords, beside the trainer's own):
@@ -56,8 +59,10 @@ class Seams:
         loader: makes the training loader; None keeps the trainer's.
     """
 
-    objective: Objective | None
-    step_component: Step | None
+    objective: Any  # Objective | None
+    step_component: Any  # Step | None
+    states: Any  # component states by name, once they are made
+    shell: Any  # the sharded module, where weights are sharded
 
     def __init__(
         self,
@@ -75,16 +80,18 @@ class Seams:
         check_step(objective, step or Step(kind="none"))
         self.objective, self.step_component, self.policies = objective, step, list(policies)
         self.sharding, self.precision, self.loader = sharding, precision, loader
-        super().__init__(*args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(*args, **kwargs)
         self.ctx = ctx if ctx is not None else Context(model=self.model)
         self.ctx.step = lambda: self.state.global_step
         self.owns_loss = objective is None or objective.host not in {"supervised"}
-        self.states: dict[str, Any] | None = None
+        self.states = None
         self._batches: list[Batch] = []
         self._totals: dict[str, Tensor] = {}
         self._log = StepLog(loss=0.0)
         self.readings: dict[str, float] = {}
-        self.step_tokens = self.step_positions = 0
+        self.step_tokens = self.step_positions = self.first_step_flops = 0
+        self.count_flops = False
+        self.flops_per_position: float | None = None
         self.step_loss = torch.zeros(())
         self.grad_norm = 0.0
         self.tokens_seen = self.positions_seen = 0
@@ -100,7 +107,7 @@ class Seams:
     # ---- set-up, once the number of steps is known
 
     def setup_components(self, total_steps: int) -> None:
-        """Make the components' states. Callers that need them earlier (for a policy's sampler) may call it themselves."""
+        """Make the components' states; who needs them before training (for a policy's sampler) calls it earlier."""
         self.ctx.total_steps = total_steps
         states: dict[str, Any] = {"objective": self.objective.setup(self.ctx) if self.objective else None}
         states |= {f"data.{i}": policy.setup(self.ctx) for i, policy in enumerate(self.policies)}
@@ -122,7 +129,7 @@ class Seams:
         return self.step_component is None or type(self.step_component).estimate is Step.estimate
 
     def get_train_dataloader(self) -> Any:
-        return self.loader() if self.loader is not None else super().get_train_dataloader()  # type: ignore[misc]
+        return self.loader() if self.loader is not None else super().get_train_dataloader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.step_component is not None:
@@ -130,24 +137,24 @@ class Seams:
             if not named:
                 raise RunFailed("Nothing trains: no parameter of the model requires a gradient.")
             self.optimizer = self.step_component.optimizer([{"params": list(named.items())}])
-        return super().create_optimizer(model)  # type: ignore[misc]
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None and self.step_component is not None:
             factor = self.step_component.factor(num_training_steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.states is None:
             self.setup_components(max_steps)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Put a `Whole` between the model and DDP; estimators reduce for themselves and need no DDP."""
         if self.owns_loss or world() == 1:
-            return super()._wrap_model(model, training, dataloader)  # type: ignore[misc]
+            return super()._wrap_model(model, training, dataloader)
         if not training or self._whole is not None:
             return self._whole if training and self._whole is not None else model
         if self.sharding == "full":
@@ -165,7 +172,7 @@ class Seams:
     # ---- one optimizer step
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_tokens = sum(_tokens(b) for b in batches)
         self.step_positions = sum(_positions(b) for b in batches)
         self.step_loss = torch.zeros((), device=device)
@@ -185,9 +192,21 @@ class Seams:
         return batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss = self._training_step(model, inputs, num_items_in_batch)
+        with self._first_step_counted():
+            loss = self._training_step(model, inputs, num_items_in_batch)
         self.step_loss = self.step_loss + loss
         return loss
+
+    @contextmanager
+    def _first_step_counted(self) -> Iterator[None]:
+        """Count the FLOPs of step 1, of whatever it does: references, several forwards, backward."""
+        if not self.count_flops or self.state.global_step > 0:
+            yield
+            return
+        with measuring_flops() as meter:
+            yield
+        self.first_step_flops += meter.total
+        self.flops_per_position = self.first_step_flops / max(1, self.step_positions)
 
     def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         if self.owns_loss:
@@ -196,7 +215,7 @@ class Seams:
                     f"optim '{self.step_component.kind}' needs the whole step at once; {type(self).__name__} hands out "
                     "one micro-batch at a time. Use a plain optimizer with this objective."
                 )
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            return super().training_step(model, inputs, num_items_in_batch)
         self.model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
@@ -261,7 +280,7 @@ class Seams:
         return self.grad_norm
 
     def after_optimizer_step(self) -> None:
-        """Owners step, the estimator is told, policies see the outcomes, readings become numbers. Called by the hooks."""
+        """Owners step, the estimator is told, policies see the outcomes. Called by the hooks."""
         counts = sum_over_ranks(torch.tensor([self.step_tokens, self.step_positions]))
         self.tokens_seen += int(counts[0])
         self.positions_seen += int(counts[1])
@@ -306,7 +325,7 @@ class Seams:
     ) -> Any:
         """The objective's value on one batch by its own denominators; the trainer's own loss where it owns one."""
         if self.owns_loss:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         totals = self._totals if self.model.training and self._totals else total_counts(self.objective, [inputs])
         parts = self.micro_loss.losses(inputs, totals, self.micro_loss.reference(inputs))
         loss = sum(value for name, value in parts if not name.startswith("_"))
@@ -332,7 +351,7 @@ class Seams:
         for raw in _aligned(batches()):
             if raw is not None:
                 batch = self._through_policies(self._prepare_inputs(raw), training=False)
-                total = total + self.run_job(lambda b=batch: self._value(b, totals)).double().cpu()
+                total = total + self.run_job(partial(self._value, batch, totals)).double().cpu()
             check()
         return float(sum_over_ranks(total) / shares)
 

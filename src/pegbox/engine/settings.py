@@ -1,7 +1,7 @@
 """How a stage is trained, apart from the method: length, batch, evaluation, checkpoints, precision, device.
 
-Each value has one home. Fields of transformers' `TrainingArguments` that are not here may be given under `train`, unless
-another key holds them; then the error names that key.
+Each value has one home. Fields of transformers' `TrainingArguments` that are not here may be given under `train`,
+unless another key holds them; then the error names that key.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class TrainSettings(BaseModel):
         gradient_checkpointing: keep block inputs only and compute the rest again in backward.
         precision: fp32, or bf16 autocast.
         sharding: none, or full: weights, gradients and optimizer state split over the processes.
-        probe: before step 1, run the longest micro-batch and an evaluation batch; measures cost, finds lack of memory.
+        probe: before step 1, run the longest micro-batch and an evaluation batch (finds lack of memory, measures saved
+            bytes), and count the FLOPs of step 1.
         tracker: names of transformers' reporting integrations ("tensorboard", "wandb", ...).
         train: further `TrainingArguments` fields.
     """
@@ -198,5 +199,5 @@ class TrainSettings(BaseModel):
 
     def pinned(self) -> dict[str, Any]:
         """The settings that must be the same on resuming, as JSON (where and how it is shown may change)."""
-        free = {"save_total_limit", "log_every", "tracker", "probe", "device", "save_every"}
+        free = {"save_total_limit", "log_every", "tracker", "device", "save_every"}
         return self.model_dump(mode="json", exclude=free)

@@ -12,7 +12,7 @@ from pegbox.engine.distributed import agree, world
 __all__ = ["Interrupted", "StopRequest"]
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: an evaluation was left early)
+class Interrupted(Exception):
     """An evaluation was left because the run is to stop."""
 
 

@@ -7,7 +7,6 @@ Linear on purpose: what is checked, what is built, what runs, what is left. It k
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,19 @@ from pegbox.data.base import DataPolicy
 from pegbox.engine.batches import RowStream, StepBatches, length_of, steps_for_tokens, train_loader
 from pegbox.engine.callbacks import Hooks, Listener, Schedule
 from pegbox.engine.checkpoint import CheckpointStore
-from pegbox.engine.distributed import barrier, check_same_on_ranks, checksum, is_main, rank, shard, world
+from pegbox.engine.distributed import (
+    barrier,
+    check_same_on_ranks,
+    checksum,
+    is_main,
+    join_processes,
+    rank,
+    shard,
+    world,
+)
 from pegbox.engine.evaluation import Evaluator
 from pegbox.engine.hosts import arguments_class, trainer_class
-from pegbox.engine.log import LogRecord, LogWriter
+from pegbox.engine.log import LogRecord, LogWriter, as_json
 from pegbox.engine.microbatch import Probe, choose_micro_batch
 from pegbox.engine.resume import BufferWatch
 from pegbox.engine.seams import check_step
@@ -35,7 +43,7 @@ from pegbox.objectives.base import Objective
 from pegbox.optim.base import Step
 from pegbox.parts.context import Context, seed_of
 from pegbox.parts.files import read_json, write_json
-from pegbox.parts.metering import optimizer_state_bytes, parameter_counts
+from pegbox.parts.metering import machine, optimizer_state_bytes, parameter_counts
 from pegbox.parts.results import Cost
 from pegbox.parts.view import ModelView
 
@@ -114,6 +122,7 @@ def train_stage(
     """
     check_step(objective, step)
     _check_sharding(settings, step)
+    join_processes(settings.device)
     check_same_on_ranks(selection_digest or "", "the selection")
     store = CheckpointStore(out / "checkpoints", settings.save_total_limit)
     newest = _newest(store, resume)
@@ -182,12 +191,15 @@ class _Stage:
 
         if self.settings.gradient_checkpointing:
             _enable_checkpointing(self.model, self.settings)
+        config = getattr(self.model, "config", None)
+        self.cached = getattr(config, "use_cache", None)  # the trainer switches it off for good
         self.trainer = self._trainer()
         trainer = self.trainer
         trainer.remove_callback(PrinterCallback)
         trainer.train_settings, trainer.evaluator, trainer.stop_request = self.settings, evaluator, stop
-        trainer.store, trainer.watch = store, BufferWatch(self.model)
-        check_same_on_ranks(checksum(self.model), "the initial weights")
+        trainer.store, trainer.watch, trainer.count_flops = store, BufferWatch(self.model), self.settings.probe
+        if world() > 1:
+            check_same_on_ranks(checksum(self.model), "the set of initial weights")
         if self.own_data:
             self._data(newest)
         if self.settings.sharding == "full":
@@ -258,7 +270,7 @@ class _Stage:
             raise Unsupported(f"Objective '{self.objective.kind}' counts steps or epochs, not tokens.")
         micro = settings.micro_batch if settings.micro_batch != "auto" else math.ceil(settings.batch / world())
         accumulation = max(1, settings.batch // (int(micro) * world()))
-        own = getattr(self.objective, "options", dict)()
+        own: dict[str, Any] = getattr(self.objective, "options", dict)()
         return {
             "per_device_train_batch_size": micro,
             "per_device_eval_batch_size": settings.eval_batch or micro,
@@ -329,10 +341,13 @@ class _Stage:
 
     def _loader(self) -> Any:
         assert self.batches is not None
-        args, device = self.trainer.args, self.trainer.args.device
-        return train_loader(
-            self.train_set, self.batches, self.collator, args.dataloader_num_workers, device.type == "cuda"
-        )
+        args, workers = self.trainer.args, self.trainer.args.dataloader_num_workers
+        options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory and args.device.type == "cuda"}
+        if workers:
+            options |= {"num_workers": workers, "persistent_workers": args.dataloader_persistent_workers}
+            options |= {"prefetch_factor": args.dataloader_prefetch_factor, "in_order": args.dataloader_in_order}
+            options |= {"multiprocessing_context": args.dataloader_multiprocessing_context}
+        return train_loader(self.train_set, self.batches, self.collator, options)
 
     def _stateful_sampler(self) -> dict[str, Any]:
         sampler = self.batches.stream.sampler if self.batches is not None else None
@@ -355,6 +370,8 @@ class _Stage:
             trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
         except Interrupted:
             trainer.is_in_train = False
+        finally:
+            self._restore_config()
         steps = trainer.state.global_step
         if trainer.stop_request.requested and (steps < trainer.state.max_steps or trainer.pending_evaluation):
             raise Stopped(
@@ -363,11 +380,15 @@ class _Stage:
             )
         if self.settings.select == "best" and not trainer.load_best():
             raise RunFailed("select: best was asked for and no evaluation gave a value. Give eval_every and data.")
-        status = "stopped_early" if trainer.stopped_early else "finished"
+        status = "stopped_early" if trainer.out_of_patience() and steps < trainer.state.max_steps else "finished"
         outcome = TrainOutcome(status, steps, cost=self._cost(), best=self._best(), states=trainer.states)
         self.hooks.tell(LogRecord(event="end", step=steps, text=status, seconds=self.hooks.clock.seconds))
-        outcome.log = [json.loads(r.model_dump_json(exclude_none=True)) for r in self.hooks.history]
+        outcome.log = [as_json(r) for r in self.hooks.history]
         return outcome
+
+    def _restore_config(self) -> None:
+        if self.cached is not None:
+            self.model.config.use_cache = self.cached  # type: ignore[union-attr]
 
     def _best(self) -> dict[str, Any] | None:
         state = self.trainer.state
@@ -381,7 +402,7 @@ class _Stage:
         device = trainer.args.device
         peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        flops = self.probe.flops_per_position
+        flops = trainer.flops_per_position
         return Cost(
             trainable_parameters=trained,
             total_parameters=total,
@@ -392,6 +413,7 @@ class _Stage:
             training_tokens=trainer.tokens_seen,
             steps=trainer.state.global_step,
             seconds=self.hooks.clock.seconds,
+            machine=machine(),
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 __all__ = [
     "FlopMeter",
     "SavedBytes",
+    "machine",
     "measuring_flops",
     "memory_now",
     "optimizer_state_bytes",
@@ -55,7 +56,8 @@ def _cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *ar
 
 def _mapping() -> dict[Any, Any]:
     """torch's counter does not know the CPU's fused attention."""
-    aten, mapping = torch.ops.aten, {}
+    aten = torch.ops.aten
+    mapping: dict[Any, Any] = {}
     forward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     backward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
     if forward is not None:
@@ -197,3 +199,16 @@ def memory_now(device: torch.device) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def machine() -> str:
+    """The machine's name for a report: GPU, or processor and cores."""
+    import os
+    import platform
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
