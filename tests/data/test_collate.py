@@ -64,7 +64,7 @@ def test_packing_holds_every_item_once_within_capacity(lengths, capacity):
 
 
 def test_an_item_longer_than_a_row_is_refused():
-    with pytest.raises(BadInput, match="9 tokens.*8"):
+    with pytest.raises(BadInput, match=r"9 tokens.*8"):
         pack_lengths([3, 9], 8)
 
 
@@ -106,7 +106,9 @@ def test_packed_losses_and_gradients_are_those_of_separate_samples(make):
             labels = batch["labels"]
             inputs = {k: batch[k] for k in ("input_ids", "position_ids", "use_cache", "attention_mask") if k in batch}
             logits = model(**inputs).logits
-            loss = loss + nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            loss = loss + nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+            )
         return loss
 
     grads = []
@@ -178,7 +180,9 @@ def test_class_batches():
 
 def test_preferences_take_trls_form():
     said = {"role": "assistant", "content": "4"}
-    row = Row("r", "preference", [{"role": "user", "content": "2+2?"}], chosen=[said], rejected=[said | {"content": "5"}])
+    row = Row(
+        "r", "preference", [{"role": "user", "content": "2+2?"}], chosen=[said], rejected=[said | {"content": "5"}]
+    )
     (record,) = preference_records([row])
     assert set(record) == {"prompt", "chosen", "rejected"}
     assert record["chosen"] == [said]

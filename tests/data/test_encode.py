@@ -69,7 +69,7 @@ def test_bad_calls(tok):
         encode_rows([], tok)
     with pytest.raises(BadInput, match="classification, text"):
         encode_rows([Row("a", "text", text="x"), Row("b", "classification", text="x", label=1)], tok)
-    with pytest.raises(BadInput, match="train_on: 'every' is unknown. Known: assistant, last, all"):
+    with pytest.raises(BadInput, match=r"train_on: 'every' is unknown. Known: assistant, last, all"):
         encode_rows([chat(1)], tok, train_on="every")
     with pytest.raises(BadInput, match="max_length must be at least 2"):
         encode_rows([chat(1)], tok, max_length=1)
@@ -99,7 +99,7 @@ def test_classes_numbers_and_pairs(tok):
     assert ordered.label_names == ["2", "9", "10"]
     numbers = encode_rows([Row("a", "classification", text="t", label=0.25)], tok)
     assert (numbers[0]["labels"], numbers.label_names) == (0.25, [])
-    with pytest.raises(BadInput, match="'b' does not occur in training. Known: a, c"):
+    with pytest.raises(BadInput, match=r"'b' does not occur in training. Known: a, c"):
         encode_rows(rows[:1], tok, label_names=["a", "c"])
 
 

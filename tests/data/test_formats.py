@@ -34,7 +34,12 @@ def test_every_example_is_detected_as_its_own_format_and_converts(name):
 @pytest.mark.parametrize(
     ("record", "format_name", "kind", "messages"),
     [
-        ({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "chat", "chat", QA),
+        (
+            {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+            "chat",
+            "chat",
+            QA,
+        ),
         (
             {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
             "sharegpt",
@@ -105,9 +110,9 @@ def test_common_columns():
 
 def test_mapping_renames_and_names_its_mistakes():
     assert rename({"review": "x", "n": 1}, {"text": "review"}, "f") == {"text": "x", "n": 1}
-    with pytest.raises(BadInput, match="unknown name 'txet'.*'text'"):
+    with pytest.raises(BadInput, match=r"unknown name 'txet'.*'text'"):
         rename({"review": "x"}, {"txet": "review"}, "f")
-    with pytest.raises(BadInput, match="no such column.*'review'"):
+    with pytest.raises(BadInput, match=r"no such column.*'review'"):
         rename({"review": "x"}, {"text": "reviw"}, "f")
 
 
@@ -115,7 +120,7 @@ def test_unknown_columns_list_the_formats():
     with pytest.raises(BadInput, match=r"\['a', 'b'\].*--map") as error:
         detect({"a", "b"}, "f.jsonl")
     assert all(name in str(error.value) for name in FORMATS)
-    with pytest.raises(BadInput, match="Unknown data format 'cat'.*'chat'"):
+    with pytest.raises(BadInput, match=r"Unknown data format 'cat'.*'chat'"):
         detect({"text"}, "f", "cat")
     with pytest.raises(BadInput, match="does not fit"):
         detect({"text"}, "f", "chat")
@@ -133,7 +138,10 @@ def test_unknown_columns_list_the_formats():
         ({"messages": [{"role": "assistant", "content": 3}]}, "content is int"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "parts that are not text"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "weight is 0.5"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]}, "without a function"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+            "without a function",
+        ),
         ({"messages": FORMATS["chat"].example["messages"], "tools": "nope"}, "column 'tools'.*not valid JSON"),
         ({"messages": FORMATS["chat"].example["messages"], "tools": [{"a": 1}]}, "column 'tools'.*named functions"),
         ({"question": "2+2?", "answer": " "}, "column 'answer'.*empty"),

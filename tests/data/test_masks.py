@@ -15,7 +15,7 @@ from pegbox.data.templates import ChatTemplate, resolve_template
 from pegbox.errors import BadInput
 
 sys.path.insert(0, str(Path(__file__).parent))
-from families import FAMILIES, QWEN3, R1, Family, make_tokenizer  # noqa: E402
+from families import FAMILIES, QWEN3, R1, Family, make_tokenizer
 
 ALL = {f.name: f for f in [*FAMILIES, QWEN3, R1]}
 _TEMPLATES: dict[str, ChatTemplate] = {}
@@ -162,7 +162,9 @@ def test_system_message_is_folded_where_the_template_refuses_it(name):
 
 
 def test_roles_that_do_not_alternate_are_refused_with_place_and_reason():
-    row = Row("r", "chat", [{"role": "user", "content": "a"}] * 2 + [{"role": "assistant", "content": "b"}], source="f, 3")
+    row = Row(
+        "r", "chat", [{"role": "user", "content": "a"}] * 2 + [{"role": "assistant", "content": "b"}], source="f, 3"
+    )
     with pytest.raises(BadInput, match=r"f, 3.*alternate.*--template"):
         mask_chat(row, spoken(ALL["mistral"]))
 
@@ -257,7 +259,7 @@ def test_tools_that_the_template_does_not_render_are_refused():
 
 def test_a_template_without_tool_schemas_is_refused_by_the_tool_name():
     row = chat("Hi", "Ho", tools=TOOLS)
-    with pytest.raises(BadInput, match="does not render tools.*ping"):
+    with pytest.raises(BadInput, match=r"does not render tools.*ping"):
         mask_chat(row, spoken(ALL["chatml"]))
 
 
@@ -265,7 +267,7 @@ def test_a_template_without_tool_schemas_is_refused_by_the_tool_name():
 
 
 def test_a_chat_without_an_assistant_turn_is_refused():
-    with pytest.raises(BadInput, match="line 7.*no assistant turn"):
+    with pytest.raises(BadInput, match=r"line 7.*no assistant turn"):
         mask_chat(chat("Hello?"), spoken(ALL["chatml"]))
 
 
@@ -312,6 +314,33 @@ def test_raw_template_for_completion_rows():
     messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
     (sequence,) = mask_chat(Row("r", "completion", messages), template)
     assert (seen(template, sequence), said(template, sequence)) == ("2+2=4</s>", "4</s>")
+
+
+def test_completion_rows_stay_raw_beside_a_chat_template():
+    assert resolve_template(make_tokenizer(ALL["chatml"]), None, "completion").name == "raw"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, QWEN3, R1], ids=lambda f: f.name)
+def test_an_installed_template_renders_the_same_by_itself(family):
+    tokenizer = make_tokenizer(family)
+    template = resolve_template(tokenizer)
+    messages = [*chat("One?", "Un.", "Two?", system="Be brief.").messages]
+    messages[2] = messages[2] | {"reasoning_content": "Think."}
+    before, digest = template.render(messages, generation_prompt=True), template.digest
+    template.install()
+    own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert own == before == template.render(messages, generation_prompt=True)
+    assert template.digest == digest
+    assert resolve_template(tokenizer).digest == digest
+    assert "Be brief." in own
+
+
+def test_named_templates_each_get_the_prelude():
+    tokenizer = make_tokenizer(ALL["gemma"])
+    tokenizer.chat_template = {"default": ALL["gemma"].template, "tool_use": QWEN3.template}
+    template = resolve_template(tokenizer)
+    assert template.render(chat("Hi", system="S").messages).startswith("<bos><start_of_turn>user\nS\n\nHi")
+    assert template.render(chat("Hi").messages, TOOLS).startswith("<|im_start|>system\n# Tools")
 
 
 def test_template_from_a_file(tmp_path):

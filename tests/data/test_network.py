@@ -131,9 +131,9 @@ def test_a_prefix_is_not_always_the_answer_of_the_first_or_last_line():
 
 
 def test_bad_requests_are_refused():
-    with pytest.raises(BadInput, match="unknown split 'tset'.*test"):
+    with pytest.raises(BadInput, match=r"unknown split 'tset'.*test"):
         network.rows("tset", 1)
-    with pytest.raises(BadInput, match="unknown family 'intend'.*intent"):
+    with pytest.raises(BadInput, match=r"unknown family 'intend'.*intent"):
         network.rows("test", 1, 0, ["intend"])
     with pytest.raises(BadInput, match="at least 1"):
         network.rows("test", 0)

@@ -103,7 +103,7 @@ def test_saved_datasets(tmp_path):
     datasets.DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(tmp_path / "two")
     assert len(values(tmp_path / "two")) == 2
     assert len(values(tmp_path / "two", split="test")) == 1
-    with pytest.raises(BadInput, match="no split 'dev'.*train, test"):
+    with pytest.raises(BadInput, match=r"no split 'dev'.*train, test"):
         records(tmp_path / "two", split="dev")
 
 
@@ -137,7 +137,7 @@ def test_not_utf8(tmp_path):
 
 
 def test_missing_files_and_hub_names(tmp_path, monkeypatch):
-    with pytest.raises(BadInput, match="not found.*network"):
+    with pytest.raises(BadInput, match=r"not found.*network"):
         records(tmp_path / "absent.jsonl")
     import datasets
 

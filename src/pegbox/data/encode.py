@@ -74,7 +74,7 @@ def encode_rows(
             "to a preference objective, through `preference_records`."
         )
     options = _Options(train_on, max_length, side, overlong)
-    spoken = _template(rows, tokenizer, template)
+    spoken = _templates(rows, tokenizer, template)
     file = _cache_file(cache, _key(rows, tokenizer, spoken, options, label_names)) if cache else None
     if file is not None and (found := _cached(file)) is not None:
         return found
@@ -120,26 +120,32 @@ def _family(kind: str) -> str:
 # ---- language modelling
 
 
-def _template(rows: Sequence[Row], tokenizer: Any, spec: str | Path | ChatTemplate | None) -> ChatTemplate | None:
-    """The template, or None where no row is spoken through one."""
-    spoken = [row.kind for row in rows if row.kind in ("chat", "completion")]
-    if not spoken or isinstance(spec, ChatTemplate):
-        return spec if spoken and isinstance(spec, ChatTemplate) else None
-    return resolve_template(tokenizer, spec, spoken[0])
+Spoken = dict[str, ChatTemplate]  # by the kind of row
 
 
-def _encode_tokens(rows: Sequence[Row], tokenizer: Any, template: ChatTemplate | None, options: _Options) -> EncodedSet:
-    report = EncodeReport(rows=len(rows), template=template.name if template else "none (plain text)")
-    if template:
-        report.closing = template.traits.closing or str(tokenizer.eos_token)
-        report.notes = _notes(template, rows)
+def _templates(rows: Sequence[Row], tokenizer: Any, spec: str | Path | ChatTemplate | None) -> Spoken:
+    """What each kind of row is spoken through; plain texts and texts with labels through nothing."""
+    kinds = {row.kind for row in rows}
+    out = {}
+    if "chat" in kinds:
+        out["chat"] = spec if isinstance(spec, ChatTemplate) else resolve_template(tokenizer, spec)
+    if "completion" in kinds:
+        out["completion"] = resolve_template(tokenizer, None, "completion")
+    return out
+
+
+def _encode_tokens(rows: Sequence[Row], tokenizer: Any, templates: Spoken, options: _Options) -> EncodedSet:
+    report = EncodeReport(rows=len(rows), template=", ".join(t.name for t in templates.values()) or "none (plain text)")
+    report.closing = ", ".join(t.traits.closing or str(tokenizer.eos_token) for t in templates.values())
+    if "chat" in templates:
+        report.notes = _notes(templates["chat"], [row for row in rows if row.kind == "chat"])
     kept: list[tuple[Row, Masked]] = []
     lost: list[Row] = []
     for row in rows:
-        if template is None or row.kind == "text":
+        if row.kind == "text":
             pieces = mask_text(row.text, tokenizer, options.max_length)
         else:
-            pieces = mask_chat(row, template, options.train_on)
+            pieces = mask_chat(row, templates[row.kind], options.train_on)
         report.unrolled += len(pieces) > 1
         for piece in pieces:
             short = _truncate(piece, options)
@@ -259,12 +265,18 @@ def _label_order(label: str) -> tuple[int, float, str]:
 def _key(
     rows: Sequence[Row],
     tokenizer: Any,
-    template: ChatTemplate | None,
+    templates: Spoken,
     options: _Options,
     names: Sequence[str] | None,
 ) -> str:
     total = hashlib.sha256()
-    head = [FORMAT, tokenizer_digest(tokenizer), template.digest if template else "", repr(options), list(names or [])]
+    head = [
+        FORMAT,
+        tokenizer_digest(tokenizer),
+        [t.digest for t in templates.values()],
+        repr(options),
+        list(names or []),
+    ]
     total.update(json.dumps(head).encode())
     for row in rows:
         line = [row.id, row.weight, row.task, content_of(row)]

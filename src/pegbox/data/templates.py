@@ -5,10 +5,11 @@ models without a template) and `raw` (texts one after the other, for prompt/comp
 rendering probes, not by knowing names: what closes an assistant turn, whether system messages and reasoning are
 rendered, whether the generation prompt opens a reasoning block that rendered turns leave out.
 
-What a template can't say is said around it, the same way in training and in generation: a system message that the
-template refuses or drops goes in front of the first user message; reasoning that it doesn't read goes into the answer
-as `<think>...</think>`. Templates that print today's date get a fixed one, so that an encoded set never changes
-overnight.
+What a template can't say is said by a prelude in jinja, put in front of it: a system message that the template refuses
+or drops goes in front of the first user message; reasoning that it doesn't read goes into the answer as
+`<think>...</think>`. Templates that print today's date get a fixed one, so that an encoded set never changes overnight.
+`install` writes the result into the tokenizer, so that generation, the saved artefact and any other program speak
+exactly as training did.
 
 What this file does not do: tokens and masks (see masks.py).
 """
@@ -43,6 +44,28 @@ RAW = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %
 _DATE = datetime(2024, 7, 26)  # the date that Llama 3.1's template falls back to
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _KEPT = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")  # message keys a template sees
+# `messages` with a leading system message put in front of the first user message, two newlines between
+_FOLD = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- set fold = namespace(out=[], due=messages[0]['content']) -%}"
+    "{%- for m in messages[1:] -%}"
+    "{%- if fold.due is not none and m['role'] == 'user' -%}"
+    "{%- set fold.out = fold.out + [dict(m, content=fold.due + '\\n\\n' + m['content'])] -%}"
+    "{%- set fold.due = none -%}"
+    "{%- else -%}{%- set fold.out = fold.out + [m] -%}{%- endif -%}{%- endfor -%}"
+    "{%- if fold.due is not none -%}"
+    "{%- set fold.out = [{'role': 'user', 'content': fold.due}] + fold.out -%}{%- endif -%}"
+    "{%- set messages = fold.out -%}{%- endif -%}"
+)
+# `messages` with `reasoning_content` moved into the content as a <think> block
+_INLINE = (
+    "{%- set inline = namespace(out=[]) -%}{%- for m in messages -%}"
+    "{%- if m['reasoning_content'] -%}"
+    "{%- set block = '<think>\\n' + m['reasoning_content'].strip() + '\\n</think>\\n\\n' -%}"
+    "{%- set inline.out = inline.out + [dict(m, content=block + (m['content'] or ''), reasoning_content='')] -%}"
+    "{%- else -%}{%- set inline.out = inline.out + [m] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set messages = inline.out -%}"
+)
 _ANSWER, _SYSTEM, _REASON = "pegboxanswer", "pegboxsystem", "pegboxreason"  # probe words
 
 
@@ -77,8 +100,24 @@ class ChatTemplate:
     @cached_property
     def digest(self) -> str:
         """sha256 of the template's text."""
-        own = self.source if self.source is not None else repr(self.tokenizer.chat_template)
-        return hashlib.sha256(own.encode()).hexdigest()
+        return hashlib.sha256(repr(self.jinja).encode()).hexdigest()
+
+    @cached_property
+    def jinja(self) -> str | dict[str, str]:
+        """The template with its prelude, as `tokenizer.chat_template` takes it (a dict where it has several)."""
+        traits = self.traits
+        prelude = _FOLD * (traits.system == "folded") + _INLINE * (traits.reasoning == "inline")
+        own = self.source if self.source is not None else self.tokenizer.chat_template
+        if isinstance(own, dict):
+            return {name: _preceded(_undated(text), prelude) for name, text in own.items()}
+        return _preceded(_undated(own), prelude)
+
+    def install(self) -> None:
+        """Make this the tokenizer's own template: what it renders, generates from and saves from now on."""
+        self.tokenizer.chat_template = self.jinja
+        self.source = None
+        self.__dict__.pop("jinja")  # the prelude is now part of it, and found by probing anew
+        self.__dict__.pop("traits")
 
     @cached_property
     def traits(self) -> Traits:
@@ -92,37 +131,23 @@ class ChatTemplate:
 
     def render(self, messages: Messages, tools: Any = None, generation_prompt: bool = False) -> str:
         """The conversation as text."""
-        return self._render(self.adapt(messages), tools, generation_prompt)
+        plain = [{"content": ""} | {key: m[key] for key in _KEPT if m.get(key) is not None} for m in messages]
+        named = self.jinja
+        if isinstance(named, dict):
+            named = named["tool_use" if tools and "tool_use" in named else "default"]
+        return self._render(plain, named, tools, generation_prompt)
 
     def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
         """Token ids of the conversation with the assistant's turn opened: what generation starts from."""
         text = self.render(messages, tools, generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def adapt(self, messages: Messages) -> list[dict[str, Any]]:
-        """The messages as this template can express them."""
-        plain = [{key: m[key] for key in _KEPT if m.get(key) is not None} for m in messages]
-        for message in plain:
-            message.setdefault("content", "")
-        if self.traits.system == "folded":
-            plain = fold_system(plain)
-        if self.traits.reasoning == "inline":
-            plain = [inline_reasoning(m) for m in plain]
-        return plain
-
-    def _source(self, tools: Any) -> str:
-        return _undated(self.source or self.tokenizer.get_chat_template(None, tools))
-
-    def _render(self, messages: list[dict[str, Any]], tools: Any = None, generation_prompt: bool = False) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], source: str | None, tools: Any = None, generation_prompt: bool = False
+    ) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=self._source(tools),
-                    add_generation_prompt=generation_prompt,
-                    tokenize=False,
-                )
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=source, add_generation_prompt=generation_prompt, tokenize=False
             )
         except Exception as error:  # jinja errors of any class, and Python errors inside a template
             roles = ", ".join(str(m.get("role")) for m in messages)
@@ -130,15 +155,20 @@ class ChatTemplate:
                 f"The chat template ({self.name}) refuses these messages (roles: {roles}): {error}. Change the row, or "
                 "give another template with --template FILE.jinja."
             ) from error
+        return str(text)
+
+    def _probe(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+        """`messages` through the template as it came."""
+        return self._render(messages, self.source, None, generation_prompt)
 
     def _try(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return self._render(messages)
+            return self._probe(messages)
         except TemplateRefusal:
             return ""
 
     def _closing(self) -> str:
-        text = self._render([_user("q"), {"role": "assistant", "content": _ANSWER}])
+        text = self._probe([_user("q"), {"role": "assistant", "content": _ANSWER}])
         if text.count(_ANSWER) != 1:
             raise TemplateRefusal(
                 f"The chat template ({self.name}) doesn't render an assistant's answer exactly once. Give another "
@@ -159,8 +189,8 @@ class ChatTemplate:
         return _REASON in self._try([_user("q"), answer])
 
     def _opener(self) -> str:
-        prompt = self._render([_user("q")], generation_prompt=True)
-        turn = self._render([_user("q"), {"role": "assistant", "content": _ANSWER}])
+        prompt = self._probe([_user("q")], generation_prompt=True)
+        turn = self._probe([_user("q"), {"role": "assistant", "content": _ANSWER}])
         if turn.startswith(prompt):
             return ""
         reasoned = {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASON}
@@ -175,14 +205,15 @@ def resolve_template(tokenizer: Any, spec: str | Path | None = None, kind: str =
     """The template to speak through.
 
     Args:
-        spec: None or "auto" (the tokenizer's own; without one `raw` for completion rows, else `plain`), "plain", "raw",
-            a jinja file, or jinja text.
-        kind: the rows' kind.
+        spec: None or "auto" (the tokenizer's own; without one `plain`), "plain", "raw", a jinja file, or jinja text.
+        kind: the rows' kind; completion rows are raw text and never pass through a chat template.
     """
+    if kind == "completion":
+        spec = "raw"
     if spec in (None, "auto"):
         if getattr(tokenizer, "chat_template", None):
             return ChatTemplate(tokenizer, None, "the tokenizer's own")
-        spec = "raw" if kind == "completion" else "plain"
+        spec = "plain"
     if spec in ("plain", "raw"):
         return ChatTemplate(tokenizer, _with_bos(tokenizer, PLAIN if spec == "plain" else RAW), str(spec))
     if isinstance(spec, str) and ("{%" in spec or "{{" in spec):
@@ -193,31 +224,14 @@ def resolve_template(tokenizer: Any, spec: str | Path | None = None, kind: str =
     return ChatTemplate(tokenizer, path.read_text(encoding="utf-8"), path.name)
 
 
-def fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A leading system message put in front of the first user message, two newlines between."""
-    if not messages or messages[0]["role"] != "system":
-        return messages
-    system, *rest = messages
-    for i, message in enumerate(rest):
-        if message["role"] == "user":
-            rest[i] = {**message, "content": f"{system['content']}\n\n{message['content']}"}
-            return rest
-    return [_user(system["content"]), *rest]
-
-
-def inline_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """`reasoning_content` moved into the content as a `<think>` block."""
-    reasoning = message.get("reasoning_content")
-    if not reasoning:
-        return message
-    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-    return {**rest, "content": f"<think>\n{reasoning.strip()}\n</think>\n\n{message['content']}"}
-
-
 @cache
 def _undated(source: str) -> str:
     """The template with every date of today replaced by a fixed one (the renderer takes no other clock)."""
     return _TODAY.sub(lambda call: repr(_DATE.strftime(call[2])), source)
+
+
+def _preceded(source: str, prelude: str) -> str:
+    return source if source.startswith(prelude) else prelude + source
 
 
 def _user(text: str) -> dict[str, Any]:
