@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["StatSpec"]
+__all__ = ["StageWeights", "StatSpec"]
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,10 @@ class StatSpec:
     targets: tuple[str, ...] = ()  # module selectors as anatomy resolves them; empty: all linears in blocks
     per: Literal["batch", "sample", "token"] = "batch"
     batches: int = 32
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """Asks the protocol's runner for the weights of other stages: key -> (stage, "start" | "end")."""
+
+    weights_of: Mapping[str, tuple[str, str]]

@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pegbox.errors import BadInput, Unsupported, WrongBase, did_you_mean
+from pegbox.parts import deltas
 from pegbox.parts.allocation import Allocation, Choice, Entries, Frozen, Units, Whole
 from pegbox.parts.anatomy import Anatomy
 from pegbox.parts.context import Context
 from pegbox.parts.indexsets import check_index, from_units, index_dtype, union
 from pegbox.tuners.axis import TUNER
 from pegbox.tuners.base import Tuner
-from pegbox.tuners.full_files import Saved, read_values, write_values
 
 __all__ = ["Full", "full_state"]
 
+FILE = "delta.safetensors"
 _STATE, _HELD = "_pegbox_full", "_pegbox_held"
 
 
@@ -98,22 +99,21 @@ class Full(Tuner):
         if state is None:
             raise BadInput("The model has no full tuner attached, so there is nothing to save.")
         named = _parameters(model)
-        saved = {name: _read(named[name], choice) for name, choice in state.touched.items()}
-        write_values(saved, folder)
-        count = sum(s.values.numel() for s in saved.values())
-        return {"tuner": self.kind, "tensors": len(saved), "entries": count}
+        delta = deltas.Delta({name: _read(named[name], choice) for name, choice in state.touched.items()})
+        deltas.save(delta, folder / FILE)
+        return {"tuner": self.kind, "file": FILE, "tensors": len(delta), "entries": delta.entries()}
 
     def load(self, model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
         """Copy saved values in, in place. Bit-exact where the base has the dtype they were saved in."""
-        saved = read_values(folder)
+        delta = deltas.load(folder / FILE)
         named = _parameters(model)
-        for name, piece in saved.items():
+        for name, piece in delta.items():
             _check_fits(name, piece, named)
-        with torch.no_grad():
-            for name, piece in saved.items():
-                _write(named[name], piece)
+        for name, piece in delta.items():  # one at a time: what `apply` keeps for a way back is not needed
+            deltas.apply(deltas.Delta({name: piece}), named)
         if trainable:
-            return _attach(model, Allocation({n: s.choice for n, s in saved.items()}), before=full_state(model))
+            chosen = {n: Whole() if p.index is None else Entries(p.index) for n, p in delta.items()}
+            return _attach(model, Allocation(chosen), before=full_state(model))
         return model
 
 
@@ -158,8 +158,10 @@ def _chosen(model: nn.Module, allocation: Allocation | None, named: Mapping[str,
         known = anatomy.ties.get(name, name)
         if known not in named:
             raise BadInput(f"The selection names '{name}', which this model has not.{_near(name, named)}")
-        _check_choice(known, choice, tuple(named[known].shape))
-        chosen[known] = choice
+        shape = tuple(named[known].shape)
+        _check_choice(known, choice, shape)
+        complete = isinstance(choice, Entries) and choice.index.numel() == named[known].numel()
+        chosen[known] = Whole() if complete else choice
     if not any(_size(choice) for choice in chosen.values()):
         raise BadInput("The selection is empty: no tensor would train. Widen the scope or raise the ratio or budget.")
     return chosen
@@ -253,29 +255,16 @@ register_optimizer_step_post_hook(_restore)
 # ---- values in and out
 
 
-def _read(parameter: nn.Parameter, choice: Choice) -> Saved:
+def _read(parameter: nn.Parameter, choice: Choice) -> deltas.Piece:
     whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # gather what is sharded
-    value, shape = whole.detach(), tuple(whole.shape)
-    match choice:
-        case Entries(index=index):
-            value = value.flatten()[index.to(value.device).long()]
-        case Units(axis=axis, index=index):
-            value = value.index_select(axis, index.to(value.device).long())
-    return Saved(choice, value.cpu().contiguous(), shape)
+    values, shape = whole.detach().cpu(), tuple(whole.shape)
+    if isinstance(choice, Whole):
+        return deltas.Piece(shape, values, None, "set")
+    index = _entries(choice, shape).cpu()
+    return deltas.Piece(shape, values.flatten()[index.long()], index, "set")
 
 
-def _write(parameter: nn.Parameter, piece: Saved) -> None:
-    values = piece.values.to(parameter)
-    match piece.choice:
-        case Entries(index=index):
-            parameter.view(-1)[index.to(parameter.device).long()] = values
-        case Units(axis=axis, index=index):
-            parameter.index_copy_(axis, index.to(parameter.device).long(), values)
-        case _:
-            parameter.copy_(values)
-
-
-def _check_fits(name: str, piece: Saved, named: Mapping[str, nn.Parameter]) -> None:
+def _check_fits(name: str, piece: deltas.Piece, named: Mapping[str, nn.Parameter]) -> None:
     if name not in named:
         raise WrongBase(f"The update holds '{name}', which this base has not.{_near(name, named)}")
     if tuple(named[name].shape) != piece.shape:

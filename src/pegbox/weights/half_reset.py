@@ -81,7 +81,9 @@ def reset(
             raise BadInput(f"The tuned model has no tensor '{name}'; both must be of one architecture.")
         new = tuned[name]
         if new.shape != old.shape:
-            raise BadInput(f"'{name}' has shape {tuple(old.shape)} in the base and {tuple(new.shape)} in the tuned model.")
+            raise BadInput(
+                f"'{name}' has shape {tuple(old.shape)} in the base and {tuple(new.shape)} in the tuned model."
+            )
         choice = chosen.get((ties or {}).get(name, name))
         if choice is None:
             yield name, new.to(old.dtype)
