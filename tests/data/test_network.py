@@ -56,6 +56,14 @@ def test_any_changed_character_fails(seed, family):
         assert not network.check(row, text[:i] + other + text[i + 1 :])
 
 
+def test_rows_bring_their_checker():
+    from pegbox.parts.answers import checker_for
+
+    (row,) = network.rows("test", 1)
+    assert checker_for(row)(row.messages[1]["content"], row)
+    assert not checker_for(row)("no", row)
+
+
 def test_a_changed_request_flips_the_verdict():
     for row in network.rows("test", 60, seed=1, families=["lpm"]):
         request = row.meta["request"]

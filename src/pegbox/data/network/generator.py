@@ -85,7 +85,13 @@ def _row(split: str, i: int, seed: int, family: str, seen: set[str]) -> Row:
             group=f"network {network}",
             task=family,
             source=f"network:{split}, seed {seed}, row {i + 1}",
-            meta={"family": family, "network": str(network), "request": request, "generator": VERSION},
+            meta={
+                "checker": "network",
+                "family": family,
+                "network": str(network),
+                "request": request,
+                "generator": VERSION,
+            },
         )
         identity = row_id(content_of(row))
         if identity not in seen:
