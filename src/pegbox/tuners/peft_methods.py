@@ -24,7 +24,7 @@ from pegbox.parts.allocation import Allocation
 from pegbox.parts.context import Context
 from pegbox.tuners.base import Tuner
 from pegbox.tuners.peft_files import read_adapter_config, verify_adapter_files, verify_loaded
-from pegbox.tuners.targets import resolve_targets
+from pegbox.tuners.targets import peft_targets
 
 __all__ = ["PeftTuner", "attach_peft", "config_class", "option_hints", "peft_kinds", "peft_tuner", "task_type_of"]
 
@@ -32,7 +32,7 @@ __all__ = ["PeftTuner", "attach_peft", "config_class", "option_hints", "peft_kin
 _NOT_OPTIONS = frozenset(
     {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 )
-_TARGETED = ("target_modules", "exclude_modules")
+_TARGETED = ("target_modules", "exclude_modules", "feedforward_modules")
 
 
 def peft_kinds() -> list[str]:
@@ -101,7 +101,7 @@ class PeftTuner(Tuner):
         changes: dict[str, Any] = {}
         for key in _TARGETED:
             if self.options.get(key) is not None:
-                changes[key] = resolve_targets(model, self.options[key])
+                changes[key] = peft_targets(model, self.options[key])
         if self.options.get("task_type") is None and "task_type" in hints:
             changes["task_type"] = task_type_of(model)
         if "total_step" in hints and self.options.get("total_step") is None:

@@ -13,7 +13,7 @@ from torch import nn
 from pegbox.errors import BadInput
 from pegbox.parts.anatomy import Anatomy
 
-__all__ = ["bare_name", "resolve_targets"]
+__all__ = ["bare_name", "peft_targets", "resolve_targets"]
 
 
 def resolve_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
@@ -26,6 +26,14 @@ def resolve_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]
         if found is None:
             raise BadInput(f"target_modules: {error}") from None
         return found
+
+
+def peft_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """As `resolve_targets`, but plain names that PEFT reads the same way stay as they are (a short, portable config)."""
+    found = resolve_targets(model, targets)
+    words = [targets] if isinstance(targets, str) else sorted(targets)
+    named = _by_name(model, words)
+    return words if named is not None and set(named) == set(found) and len(words) < len(found) else found
 
 
 def bare_name(name: str) -> str:
