@@ -16,7 +16,11 @@ class _Plain(BaseModel):
 
 
 class Score(_Plain):
-    """One metric on one set. `low`/`high` bound a 95 % bootstrap interval; `higher_is_better` gives its direction."""
+    """One metric on one set. `low`/`high` bound a 95 % bootstrap interval; `higher_is_better` gives its direction.
+
+    The value is the mean over rows of their value of this name, weighted by their value `weight` where given, and
+    exponentiated where `exp` (perplexity).
+    """
 
     name: str
     value: float
@@ -25,6 +29,8 @@ class Score(_Plain):
     n: int
     higher_is_better: bool = True
     unit: str = ""
+    weight: str = ""
+    exp: bool = False
 
 
 class Example(_Plain):
