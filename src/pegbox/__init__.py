@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pegbox.parts.allocation import Allocation
     from pegbox.parts.statistics import StatSpec, collect
     from pegbox.recipe import Recipe, load_recipe
-    from pegbox.run import Run, evaluate, open_run, train
+    from pegbox.run import Run, open_run, train
+    from pegbox.scoring import evaluate
     from pegbox.tuners.sparse import SparseConfig, callbacks_for
 
 __version__ = "0.1.0"
@@ -35,7 +36,7 @@ _HOMES = {
     "StatSpec": "pegbox.parts.statistics",
     "callbacks_for": "pegbox.tuners.sparse",
     "collect": "pegbox.parts.statistics",
-    "evaluate": "pegbox.run",
+    "evaluate": "pegbox.scoring",
     "load": "pegbox.artefact:load_artefact",
     "load_recipe": "pegbox.recipe",
     "open_run": "pegbox.run",

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pegbox.errors import BadInput, PegboxError, RunFailed, Stopped
-from pegbox.parts.files import read_json, write_json
+from pegbox.parts.files import read_json
 from pegbox.parts.plugins import load_plugins
 from pegbox.parts.results import Metrics
 from pegbox.recipe import Recipe, load_recipe, override, parse_override, parse_yaml, read_recipe
 from pegbox.spec import RunSpec
 from pegbox.workspace import Workspace, read_spec
 
-__all__ = ["Run", "build_spec", "execute", "open_run", "schema_of", "train"]
+__all__ = ["Run", "build_spec", "execute", "load_spec", "open_run", "preview", "schema_of", "train"]
 
 RUN_KEYS = ("train", "rows", "evaluation", "seed", "precision", "device", "attention", "trust_remote_code")
 
@@ -278,11 +278,33 @@ def schema_of(subject: str) -> dict[str, Any]:
     raise BadInput(f"No schema of '{subject}'. There are: run, recipe, log, metrics.")
 
 
-def save_metrics(folder: Path, metrics: Metrics) -> None:
-    """Write metrics.json."""
-    write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
-
-
 def load_spec(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """A recipe by name, file or run.yaml."""
     return load_recipe(_starting_block(recipe, None)["recipe"], overrides)
+
+
+def preview(
+    data: Any,
+    *,
+    model: str | None = None,
+    format: str = "auto",
+    map: Mapping[str, str] | None = None,
+    template: str | None = None,
+    train_on: str = "assistant",
+    max_length: int = 1024,
+    rows: int = 3,
+) -> dict[str, Any]:
+    """What `pegbox data` shows, as plain values: format, counts, lengths, and the first rows with their masks.
+
+    Without a model there are no tokens, so masks and lengths are left out.
+    """
+    from pegbox.data.dataset import load_rows
+    from pegbox.data.preview import preview as summarise
+
+    found = load_rows(data, mapping=map, format=format)
+    tokenizer = None
+    if model is not None:
+        from pegbox.models import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+    return summarise(found, tokenizer, rows, template=template, train_on=train_on, max_length=max_length)

@@ -127,7 +127,10 @@ class RunSpec(_Block):
 
 
 def _train_settings(given: Mapping[str, Any]) -> TrainSettings:
-    block = dict(given)
+    block = {k: v for k, v in given.items() if k in TrainSettings.model_fields}
+    others = {k: v for k, v in given.items() if k not in block}  # fields of TrainingArguments
+    if others:
+        block["train"] = {**(block.get("train") or {}), **others}
     if all(block.get(k) is None for k in LENGTHS):
         block["epochs"] = 1
     try:

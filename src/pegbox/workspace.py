@@ -131,17 +131,20 @@ def describe_run(folder: Path) -> dict[str, Any]:
 def verify_run(folder: Path) -> list[str]:
     """Check artefacts and checkpoints. Returns a line per thing checked; raises `Corrupt` at the first fault."""
     from pegbox.artefact import read
-    from pegbox.engine.checkpoint import verify
+    from pegbox.engine.checkpoint import CheckpointStore
 
     read_spec(folder)
     lines = []
     for artefact in sorted(folder.rglob("artefact.json")):
         read(artefact.parent)
         lines.append(f"{artefact.parent}: artefact verified")
-    for checkpoint in sorted(folder.rglob("checkpoint-*")):
-        if checkpoint.is_dir():
-            verify(checkpoint)
-            lines.append(f"{checkpoint}: checkpoint verified")
+    for checkpoints in sorted(p for p in folder.rglob("checkpoints") if p.is_dir()):
+        store = CheckpointStore(checkpoints)
+        for step in store.steps():
+            fault = store.fault(step)
+            if fault is not None:
+                raise Corrupt(f"{store.folder(step)}: {fault}")
+            lines.append(f"{store.folder(step)}: checkpoint verified")
     return lines or [f"{folder}: nothing to verify yet"]
 
 

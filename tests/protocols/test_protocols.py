@@ -15,6 +15,7 @@ class ScriptedRunner:
     """Records stages; a model's score is the number of stages behind it."""
 
     suites = ("target", "retention")
+    has_operations = False
 
     def __init__(self):
         self.calls = []
@@ -38,6 +39,16 @@ def test_single_measures_the_bare_base_first():
     assert report.final == ModelRef("train")
     assert report.metrics.before["target"].scores["m"].value == 0
     assert report.metrics.after["retention"].scores["m"].value == 1
+
+
+def test_single_applies_weight_operations_after_training():
+    runner = ScriptedRunner()
+    runner.has_operations = True
+    report = PROTOCOL.validate("single").run(runner)
+    assert [(c[0], c[1]) for c in runner.calls] == [("train", BASE), ("apply", ModelRef("train"))]
+    assert report.final == ModelRef("apply")
+    assert report.metrics.cost.seconds == 2.0
+    assert report.metrics.cost.trainable_parameters == 5
 
 
 def test_staged_rewinds_and_hands_the_selection_on():

@@ -41,8 +41,10 @@ def data(
         rows=0 if check else rows,
     )
     if json:
-        o.emit(shown.plain())
+        o.emit(shown)
     else:
         from rich.console import Console
 
-        Console().print(shown)
+        from pegbox.data.preview import render
+
+        Console().print(render(shown))

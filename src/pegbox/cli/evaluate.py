@@ -31,7 +31,7 @@ def evaluate(
     json: o.JsonOption = False,
 ) -> None:
     """Score a run or model; with --vs, the paired difference to another with its interval."""
-    from pegbox.run import evaluate as score
+    from pegbox.scoring import evaluate as score
 
     found = score(
         target,

@@ -24,10 +24,11 @@ class Row:
     recipe: dict[str, Any] = field(hash=False)
     rate_key: str = "optim.lr"
     notes: tuple[str, ...] = ()
+    train: dict[str, Any] = field(default_factory=dict, hash=False)  # training settings of this row alone
 
     @property
     def digest(self) -> str:
-        body = {k: v for k, v in self.recipe.items() if k not in {"title", "paper", "summary"}}
+        body = {k: v for k, v in self.recipe.items() if k not in {"title", "paper", "summary"}} | {"train": self.train}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
 
 

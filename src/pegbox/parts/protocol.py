@@ -50,6 +50,7 @@ class Runner(TypingProtocol):
     """What a protocol may do. Stages are cached by the hash of what they are made of, and resumable."""
 
     suites: tuple[str, ...]  # what this run evaluates, "target" first where there are target rows
+    has_operations: bool  # whether the recipe has weight operations
 
     def stage(self, patch: Mapping[str, Any], *, start: ModelRef = BASE, name: str) -> StageResult:
         """Run one stage: the recipe with `patch` laid over it, from `start`.

@@ -21,6 +21,7 @@ class Task(Component):
 
     hosts: ClassVar[frozenset[str]] = frozenset({"supervised"})  # the objective hosts that can train it
     causal: ClassVar[bool] = True
+    model_task: ClassVar[str] = "causal-lm"  # which model class: a key of `pegbox.models.TASK_CLASSES`
 
     def load(self, source: Any, **options: Any) -> tuple[nn.Module, Any]:
         """The bare base and its tokenizer or processor."""

@@ -12,14 +12,21 @@ __all__ = ["Single", "measure", "total_cost"]
 
 @PROTOCOL.register
 class Single(Protocol):
-    """Train once from the base. "Before" is always the bare base, never the wrapped model."""
+    """Train once from the base, then apply the recipe's weight operations, if it has any.
+
+    "Before" is always the bare base, never the wrapped model.
+    """
 
     kind: Literal["single"] = "single"
 
     def run(self, runner: Runner) -> Report:
         before = measure(runner, BASE)
-        stage = runner.stage({}, name="train")
-        return Report(Metrics(before=before, after=measure(runner, stage.end), cost=stage.cost), final=stage.end)
+        stages = [runner.stage({}, name="train")]
+        if runner.has_operations:
+            stages.append(runner.stage({"do": "apply"}, start=stages[0].end, name="apply"))
+        end, cost = stages[-1].end, stages[0].cost
+        cost = cost.model_copy(update={"seconds": sum(stage.cost.seconds for stage in stages)})
+        return Report(Metrics(before=before, after=measure(runner, end), cost=cost), final=end)
 
 
 def measure(runner: Runner, ref: ModelRef) -> dict[str, Measurement]:

@@ -92,5 +92,5 @@ class RunData:
 def _grouped(source: Any, group: str | None) -> Any:
     if group is None:
         return source
-    block = {"path": str(source)} if isinstance(source, str | Path) else dict(source)
+    block: dict[str, Any] = {"path": str(source)} if isinstance(source, str | Path) else dict(source)
     return {**block, "map": {"group": group, **block.get("map", {})}}

@@ -53,6 +53,7 @@ class RecipeRunner:
         self.recheck_with_rows()
         self.measuring = Suites(spec, self.data)
         self.suites = self.measuring.names
+        self.has_operations = bool(spec.recipe.weights)
         self._opened: tuple[ModelRef, Opened] | None = None
 
     def recheck_with_rows(self) -> None:
@@ -77,7 +78,7 @@ class RecipeRunner:
         self._opened = None
         do = patch.get("do", "train")
         job = self._job(recipe, patch, start, folder, name)
-        made = {"train": job.train, "select": job.select, "apply": lambda: self._apply(recipe, folder)}[do]()
+        made = {"train": job.train, "select": job.select, "apply": lambda: self._apply(recipe, job)}[do]()
         entry = {
             "version": 1,
             "key": key,
@@ -208,11 +209,13 @@ class RecipeRunner:
         opened = open_artefact(self.spec, folder) if folder else open_base(self.spec, self.spec.recipe, self.source)
         return {name: p.detach() for name, p in settle(opened.model).named_parameters()}
 
-    def _apply(self, recipe: Recipe, folder: Path) -> TrainedStage:
+    def _apply(self, recipe: Recipe, job: StageJob) -> TrainedStage:
         from pegbox.runner.posthoc import apply_operations
 
         began = time.perf_counter()
-        apply_operations(self.spec, recipe, self.source, folder)
+        if _main():
+            labels = len(self.data.labels)
+            apply_operations(self.spec, recipe, self.source, job.root, job.folder, job.start, labels)
         return TrainedStage(Cost(seconds=time.perf_counter() - began))
 
     # ---- measuring

@@ -97,7 +97,7 @@ class StageJob:
             self.settings(),
             self.folder,
             ctx,
-            callbacks=[*self._schedules(model, ctx), *self._listeners(), *self.callbacks],
+            callbacks=[*self._schedules(ctx), *self._listeners(), *self.callbacks],
             evaluator=self._evaluator(tokenizer),
             resume=self.resume,
             rewards=self._rewards() if host == "policy" else (),
@@ -117,6 +117,10 @@ class StageJob:
         opened = self.open_start(self.recipe, False)
         self._allocate(opened.model, self._context(opened.model, opened.tokenizer))
         return TrainedStage(Cost(seconds=time.perf_counter() - began))
+
+    def allocate(self, model: nn.Module, tokenizer: Any) -> Allocation | None:
+        """The allocation on a given model, for looking at."""
+        return self._allocate(model, self._context(model, tokenizer))
 
     # ---- settings and data
 
@@ -154,7 +158,7 @@ class StageJob:
 
         def verified(completions: Sequence[Any], row_id: Sequence[str], **_: Any) -> list[float]:
             texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-            return [float(checker_for(rows[i])(text, rows[i])) for text, i in zip(texts, row_id)]
+            return [float(checker_for(rows[i])(rows[i], text)) for text, i in zip(texts, row_id)]
 
         return [verified]
 
@@ -257,13 +261,19 @@ class StageJob:
 
         check_same_on_ranks(allocation.digest())
 
-    def _schedules(self, model: nn.Module, ctx: Context) -> list[Any]:
+    def _schedules(self, ctx: Context) -> list[Any]:
         """Selections done again during training, as the tuner knows how to move them."""
         selector = self.recipe.select
         schedule = getattr(selector, "schedule", None)
         if selector is None or schedule is None or schedule.every is None:
             return []
-        return [self.recipe.tuner.schedule(model, selector, ctx)]
+        found = self.recipe.tuner.schedules(selector, ctx)
+        if not found:
+            raise Unsupported(
+                f"tuner '{self.recipe.tuner.kind}' can't move the selection of '{selector.kind}' during training; leave "
+                "out select.schedule."
+            )
+        return list(found)
 
     def _listeners(self) -> list[Any]:
         if not self.progress or not _main():

@@ -34,8 +34,9 @@ class ClassificationTask(Task):
         count = labels or self.labels or 2
         arguments = {**dict(options.pop("model_kwargs", None) or {}), "num_labels": count}
         model, tokenizer = load(source, task=self.model_task, model_kwargs=arguments, **options)
-        if getattr(model.config, "pad_token_id", None) is None and tokenizer is not None:
-            model.config.pad_token_id = pad_id_of(tokenizer)
+        config: Any = model.config
+        if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
+            config.pad_token_id = pad_id_of(tokenizer)
         return model, tokenizer
 
     def load_meta(self, source: Any, **options: Any) -> nn.Module:

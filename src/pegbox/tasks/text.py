@@ -43,8 +43,9 @@ class TextTask(Task):
         return encode_rows(rows, tokenizer, **options)
 
     def collator(
-        self, tokenizer: Any, *, packing: bool = False, max_length: int = 1024
+        self, tokenizer: Any, *, packing: bool = False, max_length: int = 1024, **options: Any
     ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Padded batches, or with `packing` rows joined up to `max_length` tokens."""
         pad = pad_id_of(tokenizer)
         return PackingCollator(pad, capacity=max_length) if packing else PaddingCollator(pad)
 

@@ -1,0 +1,5 @@
+"""`python -m pegbox.cli`."""
+
+from pegbox.cli.main import main
+
+main()
