@@ -346,29 +346,28 @@ def test_the_state_resumes_where_it_was():
     assert all(torch.equal(w, second.weights()[n]) for n, w in whole.weights().items())
 
 
-def test_custom_functions_that_hide_a_weight_are_found():
-    class Hidden(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, w):
-            return x @ w.T
+def test_a_weight_that_reaches_the_model_unseen_is_moved_by_copy():
+    class Aliased(nn.Module):
+        """Uses an alias of its weight, which is another object over the same memory."""
 
-    class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.w = nn.Parameter(torch.eye(3, dtype=torch.float64))
             self.b = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+            self.alias = [self.w.detach()]
 
         def forward(self, x):
-            return Hidden.apply(x, self.w) + self.b
+            return x @ self.alias[0] + self.b
 
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     runs = []
     for restore in ("exact", "snapshot"):
-        bench = Bench(Net(), lambda m: (m(x) - 1).square().mean(), restore=restore, lr=0.01)
+        bench = Bench(Aliased(), lambda m: (m(x) - 1).square().mean(), restore=restore, lr=0.01)
         bench.run(3)
         runs.append((bench.weights(), bench.state.trajectory.projected))
         if restore == "exact":
-            assert bench.forwards in (6, 7)  # one evaluation is repeated when a weight was not seen moving
+            assert bench.state.by_copy == {"w"}
+            assert bench.forwards == 7  # the first evaluation was repeated
     assert runs[0][1] == runs[1][1]
     assert all(torch.equal(w, runs[1][0][n]) for n, w in runs[0][0].items())
 
@@ -417,6 +416,12 @@ def test_modules_that_cache_their_values_are_told(restore):
 def test_bad_options(block):
     with pytest.raises(BadInput):
         OPTIM.validate({"kind": "mezo", **block})
+
+
+def test_a_resolved_block_validates_again():
+    step = OPTIM.validate({"kind": "mezo", "then": {"kind": "adamw", "betas": [0.5, 0.9]}})
+    assert OPTIM.validate(step.model_dump(mode="json")) == step
+    assert OPTIM.validate({"kind": "mezo"}).model_dump(mode="json")["then"] is None
 
 
 def test_nothing_to_train_and_integers_are_refused():

@@ -193,6 +193,19 @@ def test_bad_options_are_refused(block):
         WEIGHTS.validate(block)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"kind": "lines", "outside": {"head": 1.0}, "layer_order": [["a"], ["b"]]},
+        {"kind": "ties", "scaler": {"kind": "lines", "beta": 0.3}},
+        {"kind": "consensus", "threshold": [0.2, 0.4]},
+    ],
+)
+def test_a_resolved_block_validates_again(block):
+    op = WEIGHTS.validate(block)
+    assert WEIGHTS.validate(op.model_dump(mode="json")) == op
+
+
 def test_bad_states_are_refused():
     base, tuned = state(0), state(1)
     with pytest.raises(BadInput, match=r"'norm.weight' is not in"):

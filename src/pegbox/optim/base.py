@@ -56,7 +56,7 @@ class Step(Component):
     needs_backward: ClassVar[bool] = True
     needs_value: ClassVar[bool] = False  # works on the objective's value (zeroth order)
     frees_gradients_early: ClassVar[bool] = False
-    leaves: ClassVar[str | None] = None  # an artefact part this step writes, e.g. "trajectory"
+    leaves: ClassVar[str | None] = None  # the kind of artefact part that `save` writes, e.g. "data"
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

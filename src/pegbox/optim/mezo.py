@@ -89,7 +89,7 @@ class Mezo(Step):
 
     needs_backward: ClassVar[bool] = False
     needs_value: ClassVar[bool] = True
-    leaves: ClassVar[str | None] = "trajectory"
+    leaves: ClassVar[str | None] = "data"  # a record beside the tuner's part, which holds the same weights
     reproduces: ClassVar[str] = "arXiv:2305.17333, algorithms 1 and 2"
 
     kind: Literal["mezo"] = "mezo"
@@ -115,9 +115,9 @@ class Mezo(Step):
             return self
         if not self.then.needs_backward:
             raise BadInput(f"optim.then must be an optimizer of gradients, not '{self.then.kind}'.")
-        outer = {"lr", "weight_decay", "schedule", "warmup", "max_grad_norm"} & self.then.model_fields_set
-        if outer:
-            raise BadInput(f"optim.then.{min(outer)}: set optim.{min(outer)} instead, which holds for both.")
+        for name in ("lr", "weight_decay", "schedule", "warmup", "max_grad_norm"):
+            if getattr(self.then, name) != type(self.then).model_fields[name].default:
+                raise BadInput(f"optim.then.{name}: set optim.{name} instead, which holds for both.")
         return self
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -158,7 +158,7 @@ class Mezo(Step):
         return log
 
     def save(self, state: MezoState, folder: Path) -> dict[str, Any]:
-        """Write the trajectory into the existing folder; empty with `then`, whose state a seed does not describe."""
+        """Write the trajectory into the existing folder; nothing with `then`, whose state seeds don't describe."""
         if state.trajectory is None:
             return {}
         state.trajectory.save(folder / TRAJECTORY_FILE)
