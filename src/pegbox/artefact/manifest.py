@@ -130,7 +130,7 @@ class Manifest(_Plain):
 
 def artefact_folder(place: str | Path) -> Path:
     """The artefact's folder, given it or its run's. Raises `BadInput` if neither is there."""
-    folder = Path(place)
+    folder = Path(place).absolute()
     for candidate in (folder, folder / "artefact"):
         recover_folder(candidate)
         if (candidate / MANIFEST).exists():

@@ -128,7 +128,7 @@ class Pool(Mapping[str, RoleModel]):
         key = f"{source.fingerprint} {task} {precision}"
         if key in self._shared:
             shared: Any = self._shared[key].model
-            return RoleModel(shared, self._shared[key].tokenizer, shared.disable_adapter)
+            return RoleModel(shared, self._shared[key].tokenizer, _bare_view(shared))
         if key not in self._plain:
             model, tokenizer = load(source, task=task, **{**self._options, "precision": precision})
             self._plain[key] = RoleModel(model.requires_grad_(False), tokenizer)
@@ -171,6 +171,20 @@ def _adapter_folder(place: Path, manifest: Manifest) -> Path | None:
         return None
     folder = artefact_folder(place) / applied[0].path
     return folder if (folder / "adapter_config.json").exists() else None
+
+
+def _bare_view(model: Any) -> Scope:
+    """A scope in which no adapter of a shared model acts; they stay frozen (PEFT unfreezes what it switches on)."""
+
+    @contextmanager
+    def scope() -> Iterator[None]:
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            model.requires_grad_(False)
+
+    return scope
 
 
 def _switch(model: Any, name: str) -> Scope:

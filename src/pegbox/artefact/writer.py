@@ -73,7 +73,7 @@ class ArtefactWriter:
         *,
         replace_last: bool = False,
     ):
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self.root = root if isinstance(root, Root) else root_of(root)
         self._start, self._replace_last = start, replace_last
         self._stack = ExitStack()

@@ -2,7 +2,16 @@
 
 from pegbox.models.cache import cache_dir, cached_folder
 from pegbox.models.fingerprint import fingerprint_model, fingerprint_tensors
-from pegbox.models.loading import TASK_CLASSES, Loaded, Precision, load, load_meta, load_tokenizer, pick_device
+from pegbox.models.loading import (
+    TASK_CLASSES,
+    Loaded,
+    Precision,
+    load,
+    load_meta,
+    load_tokenizer,
+    pick_device,
+    unpacked_folder,
+)
 from pegbox.models.packages import Alias, aliases
 from pegbox.models.source import Source, resolve
 
@@ -22,4 +31,5 @@ __all__ = [
     "load_tokenizer",
     "pick_device",
     "resolve",
+    "unpacked_folder",
 ]

@@ -16,7 +16,17 @@ from pegbox.models.gguf import unpacked
 from pegbox.models.source import Source, resolve
 from pegbox.parts.files import read_json
 
-__all__ = ["HEAD_SEED", "TASK_CLASSES", "Loaded", "Precision", "load", "load_meta", "load_tokenizer", "pick_device"]
+__all__ = [
+    "HEAD_SEED",
+    "TASK_CLASSES",
+    "Loaded",
+    "Precision",
+    "load",
+    "load_meta",
+    "load_tokenizer",
+    "pick_device",
+    "unpacked_folder",
+]
 
 Precision = Literal["auto", "fp32", "bf16", "nf4"]
 HEAD_SEED = 0  # a new classification head is the same on every load, so that an update of it fits again
@@ -79,7 +89,7 @@ def load(
         arguments["attn_implementation"] = attn_implementation
     if "quantization_config" in arguments:
         arguments.setdefault("device_map", {"": device})
-    folder = _folder(source)
+    folder = unpacked_folder(source)
     _check_code(source, folder, trust_remote_code)
     with _explained(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(HEAD_SEED)
@@ -106,7 +116,7 @@ def load_meta(
     from transformers import AutoConfig
 
     source = resolve(ref, weights=False)
-    folder = _folder(source)
+    folder = unpacked_folder(source)
     _check_code(source, folder, trust_remote_code)
     with _explained(source):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **(model_kwargs or {}))
@@ -125,14 +135,15 @@ def load_tokenizer(ref: str | Path | Source, *, trust_remote_code: bool = False)
     from transformers import AutoTokenizer
 
     source = resolve(ref, weights=False)
-    folder = _folder(source)
+    folder = unpacked_folder(source)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     with _explained(source):
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
 
 
-def _folder(source: Source) -> Path:
+def unpacked_folder(source: Source) -> Path:
+    """The folder with config and safetensors: the source's own, or a GGUF file's unpacked copy."""
     return unpacked(source.path) if source.kind == "gguf" else source.path
 
 

@@ -150,6 +150,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
     A folder that stood at `final` stays whole and readable until the new one is complete and synced.
     """
+    final = final.absolute()
     recover_folder(final)
     _sweep(final)
     temporary = _beside(final)
@@ -210,10 +211,12 @@ def lock_folder(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
 
 def _beside(path: Path) -> Path:
     """A fresh hidden name in the same folder (so that a rename stays on one file system), telling who made it."""
+    path = path.absolute()  # "." has no name
     return path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def _old(final: Path) -> Path:
+    final = final.absolute()
     return final.with_name(f".{final.name}.old")
 
 
