@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives.steps import packed, padded, samples, step
 
+from objectives.steps import packed, padded, samples, step
 from pegbox.data.base import DATA
 from pegbox.data.policies import rates
 from pegbox.data.policies.corruption import answer_tokens, keyed_uniform, ordinals
@@ -307,7 +307,7 @@ def test_warmups_are_steps_or_shares():
 
 def test_uniform_rates():
     drawn = [rates.Uniform().rate(0.4, s, 0, 7) for s in range(2000)]
-    assert 0 <= min(drawn)
+    assert min(drawn) >= 0
     assert max(drawn) < 0.4
     assert abs(sum(drawn) / 2000 - 0.2) < 4 * 0.4 / (12 * 2000) ** 0.5
     assert drawn == [rates.Uniform().rate(0.4, s, 0, 7) for s in range(2000)]

@@ -18,7 +18,7 @@ def base(**options):
 
 def added(model, **options):
     part, tokenizer = AddToken(**options), tiny_tokenizer()
-    return part, part.apply(model, lambda: [], Context(model, tokenizer=tokenizer)), tokenizer
+    return part, part.apply(model, list, Context(model, tokenizer=tokenizer)), tokenizer
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -106,7 +106,7 @@ def test_generation_never_says_it():
 def test_bad_input():
     model = base()
     with pytest.raises(BadInput, match="no tokenizer"):
-        AddToken().apply(model, lambda: [], Context(model))
+        AddToken().apply(model, list, Context(model))
     with pytest.raises(BadInput, match="has '<pad>' already"):
         added(model, token="<pad>")
     with pytest.raises(BadInput, match="at least 1 character"):
