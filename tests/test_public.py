@@ -28,6 +28,7 @@ def test_importing_pegbox_is_light():
 
 
 def test_every_public_name_is_there():
+    assert set(pegbox._HOMES) <= set(pegbox.__all__)
     for name in pegbox.__all__:
         assert getattr(pegbox, name) is not None
 

@@ -43,7 +43,24 @@ _HOMES = {
     "train": "pegbox.run",
 }
 
-__all__ = [*sorted(_HOMES), "__version__", "compare", "register"]
+__all__ = [
+    "Allocation",
+    "PegboxError",
+    "Recipe",
+    "Run",
+    "SparseConfig",
+    "StatSpec",
+    "__version__",
+    "callbacks_for",
+    "collect",
+    "compare",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "open_run",
+    "register",
+    "train",
+]
 
 
 def register() -> None:

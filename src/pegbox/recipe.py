@@ -35,6 +35,9 @@ from pegbox.weights.base import WEIGHTS, WeightOp
 __all__ = ["Knobs", "Recipe", "Role", "catalogue", "dump_yaml", "load_recipe", "merge", "override", "parse_yaml"]
 
 
+UNSAFE = "\x85\u2028\u2029"  # line breaks to some YAML readers: then everything beyond ASCII is escaped
+
+
 class Role(BaseModel):
     """A further model by role: a hub id, folder, alias or run (`of`), with its adapter on or off."""
 
@@ -119,7 +122,9 @@ def parse_yaml(text: str, where: str) -> Any:
 def dump_yaml(value: Any) -> str:
     """Plain values to YAML 1.2 that `parse_yaml` reads back unchanged."""
     out = io.StringIO()
-    _yaml().dump(value, out)
+    yaml = _yaml()
+    yaml.allow_unicode = not any(c in json.dumps(value, ensure_ascii=False) for c in UNSAFE)
+    yaml.dump(value, out)
     return out.getvalue()
 
 

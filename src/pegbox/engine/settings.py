@@ -177,7 +177,7 @@ class TrainSettings(BaseModel):
             if name in cls.model_fields:
                 raise BadInput(f"train.{name} has its home elsewhere: give it as {name}.")
             if name not in known:
-                free = known - set(HOMES) - set(REFUSED)
+                free = (known - set(HOMES) - set(REFUSED)) | set(cls.model_fields)
                 raise BadInput(f"Unknown key 'train.{name}'.{did_you_mean(name, free)}")
         return fields
 
