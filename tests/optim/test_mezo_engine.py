@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine.helpers import model, stage, weights
 
+from engine.helpers import model, stage, weights
 from pegbox.engine.callbacks import Listener
 from pegbox.optim import OPTIM
 
