@@ -170,8 +170,8 @@ def difference(
     a, b = ([_column(name, m, rows) for m in side] for side in (ours, theirs))
     weights = _column(name, ours[0], rows, score.weight) if score.weight else None
     sign = 1.0 if score.higher_is_better else -1.0
-    signed = [[[sign * v for v in line] for line in side] for side in (a, b)]
-    return paired_difference(*signed, weights, samples=samples, seed=seed)
+    signed_a, signed_b = ([[sign * v for v in line] for line in side] for side in (a, b))
+    return paired_difference(signed_a, signed_b, weights, samples=samples, seed=seed)
 
 
 def _rows_of(name: str, measurement: Measurement) -> list[str]:

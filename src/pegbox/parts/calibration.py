@@ -15,7 +15,7 @@ Schuirmann 1987 (equivalence), Guo et al. 2017, arXiv:1706.04599 (ECE), Brier 19
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,7 +129,7 @@ def _two_level(d: Floats, w: Floats, samples: int, rng: np.random.Generator) -> 
     return (v * by_seed).sum(axis=1)
 
 
-def _resampled(rows: int, samples: int, rng: np.random.Generator):  # type: ignore[no-untyped-def]
+def _resampled(rows: int, samples: int, rng: np.random.Generator) -> Iterator[Floats]:
     """Blocks (R', rows) of how often each row was drawn; R' sum to `samples`."""
     step = max(1, _CHUNK // rows)
     for start in range(0, samples, step):

@@ -4,13 +4,14 @@ All of them are `Responder`s: called with message lists and a token limit, they 
 A list holds chat messages for the tokenizer's template; or one message of role "raw", whose text goes to the model as
 it is (completion rows, base models).
 
-Local generation left-pads, sorts by length, batches by a token budget, keeps a KV cache, and stops at every token that
-ends a turn. It works under PEFT and inside training: modes are put back module by module, and no global random state
-moves. The decoding loop itself is transformers' `generate`.
+Local generation left-pads, sorts by length, computes what all prompts begin with once, keeps a KV cache, and stops at
+every token that ends a turn. It works under PEFT and inside training: modes are put back module by module, and no
+global random state moves. The decoding loop itself is transformers' `generate`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import urllib.error
@@ -182,9 +183,14 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out early or never
     answers = [""] * len(prompts)
     with as_evaluated(model), torch.no_grad():
+        shared, name, cache = _shared_prefix(inner, prompts)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids = _decode_batch(inner, tokenizer, [prompts[i] for i in chosen], max_new_tokens, sampling, ends, start)
+            batch = [prompts[i] for i in chosen]
+            extra: dict[str, Any] = {name: _repeated(cache, len(batch))} if shared else {}
+            ids = _decode_batch(
+                inner, tokenizer, batch, max_new_tokens, sampling, ends, offset=start, shared=shared, **extra
+            )
             for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 answers[i] = text
             if on_batch is not None:
@@ -222,7 +228,7 @@ def stream(
         try:
             with as_evaluated(model), torch.no_grad():
                 extra = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([closed])}
-                _decode_batch(inner, tokenizer, [prompt], max_new_tokens, sampling, ends, 0, **extra)
+                _decode_batch(inner, tokenizer, [prompt], max_new_tokens, sampling, ends, **extra)
         except Exception as error:
             errors.append(error)
         finally:
@@ -248,15 +254,19 @@ def _decode_batch(
     max_new_tokens: int,
     sampling: Sampling,
     ends: list[int],
-    offset: int,
+    offset: int = 0,
+    shared: int = 0,
     **extra: Any,
 ) -> Tensor:
-    """(B, <= max_new_tokens) new ids. Left padding, so that every answer starts at the same place."""
+    """(B, <= max_new_tokens) new ids. Padding stands behind the `shared` first tokens; answers start together."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     width = max(len(p) for p in prompts)
     device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    gaps = [width - len(p) for p in prompts]
+    ids = torch.tensor([p[:shared] + [pad] * gap + p[shared:] for p, gap in zip(prompts, gaps)], device=device)
+    mask = torch.ones_like(ids)
+    for i, gap in enumerate(gaps):
+        mask[i, shared : shared + gap] = 0
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=sampling.temperature > 0):
         if sampling.temperature > 0:
@@ -274,6 +284,41 @@ def _decode_batch(
         )
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     return out[:, 1:] if encoder_decoder else out[:, width:]
+
+
+_WORTH_SHARING = 16  # tokens
+_NOTHING_SHARED = (0, "", None)
+
+
+def _shared_prefix(model: Any, prompts: list[list[int]]) -> tuple[int, str, Any]:
+    """How many first tokens all prompts have in common, and their KV cache under its argument's name; 0 if no help.
+
+    Only for decoders whose cache is a plain one: sliding windows, recurrent states and prompt tuning keep their own.
+    """
+    if len(prompts) < 2 or getattr(model.config, "is_encoder_decoder", False):
+        return _NOTHING_SHARED
+    if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
+        return _NOTHING_SHARED
+    first, last = min(prompts), max(prompts)  # what these two share, all share
+    bound = min(map(len, prompts)) - 1  # every prompt keeps a token of its own
+    shared = next((i for i in range(bound) if first[i] != last[i]), bound)
+    if shared < _WORTH_SHARING:
+        return _NOTHING_SHARED
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    ids = torch.tensor([first[:shared]], device=next(model.parameters()).device)
+    out = model(input_ids=ids, use_cache=True)
+    name = "cache" if "cache" in out else "past_key_values"  # newer and older transformers
+    cache = out[name]
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return (shared, name, cache) if plain else _NOTHING_SHARED
+
+
+def _repeated(cache: Any, rows: int) -> Any:
+    """A copy of a cache of one row, for `rows` rows."""
+    fresh = copy.deepcopy(cache)
+    fresh.batch_repeat_interleave(rows)
+    return fresh
 
 
 def _unwrapped(model: Any) -> Any:
