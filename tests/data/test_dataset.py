@@ -127,7 +127,7 @@ def test_preview_is_plain_data_and_its_segments_join_to_the_text():
     assert shown["lengths"]["trained"]["least"] > 0
     first = shown["examples"][0]
     assert (
-        "".join(s["text"] for s in first["segments"] if s["trained"]) == rows[0].messages[1]["content"] + "<|im_end|>"
+        "".join(s["text"] for s in first["segments"] if s["trained"]) == rows[0].messages[-1]["content"] + "<|im_end|>"
     )
     assert sum(s["tokens"] for s in first["segments"]) == first["tokens"]
 

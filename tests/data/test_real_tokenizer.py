@@ -41,8 +41,8 @@ def test_network_answers_are_trained_whole_and_prompts_not(real):
     template = resolve_template(real)
     for row, example in zip(rows, encoded):
         trained = [label != -100 for label in example["labels"]]
-        assert said(real, example["input_ids"], trained) == row.messages[1]["content"] + "<|im_end|>"
-        assert example["input_ids"][: trained.index(True)] == template.prompt_ids(row.messages[:1])
+        assert said(real, example["input_ids"], trained) == row.messages[-1]["content"] + "<|im_end|>"
+        assert example["input_ids"][: trained.index(True)] == template.prompt_ids(row.messages[:-1])
     assert encoded.report.recut == 0
     intents = [sum(label != -100 for label in e["labels"]) for e in encoded if e["task"] == "intent"]
     assert max(intents) <= 64

@@ -20,6 +20,7 @@ from pegbox.parts.context import seed_of
 
 __all__ = ["FAMILIES", "SPLITS", "network_of_split", "rows"]
 
+SYSTEM = "Answer with the configuration or the value only."
 VERSION = 1  # raised whenever the rows of a seed change
 SPLITS = {"test": 0.2, "validation": 0.1, "train": 0.7}  # shares of the networks
 
@@ -80,7 +81,11 @@ def _row(split: str, i: int, seed: int, family: str, seen: set[str]) -> Row:
         row = Row(
             id="",
             kind="chat",
-            messages=[{"role": "user", "content": question}, {"role": "assistant", "content": reply}],
+            messages=[
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": reply},
+            ],
             answer=answer,
             group=f"network {network}",
             task=family,
@@ -122,7 +127,7 @@ def _intent(draw: Draw, network: Prefix) -> Made:
     kind = draw.choice(("address", "route", "vlan"))
     request, question, lines = {"address": _address, "route": _route, "vlan": _vlan}[kind](draw, network)
     text = "\n".join(lines)
-    return {"kind": kind, **request}, "Write the configuration. " + question, text, text
+    return {"kind": kind, **request}, question, text, text
 
 
 def _address(draw: Draw, network: Prefix) -> tuple[dict[str, Any], str, list[str]]:
@@ -227,9 +232,10 @@ def _lpm(draw: Draw, network: Prefix) -> Made:
 
 
 def _table(draw: Draw, network: Prefix) -> list[tuple[Prefix, str]]:
-    """Three to five different prefixes of one network, often nested; one time in three a default route."""
+    """Two to four different prefixes of one network, often nested; one time in three a default route beside them."""
     prefixes: list[Prefix] = [_subnet(draw, network, 17, 20)]
-    while len(prefixes) < draw.randint(3, 5):
+    count = draw.randint(2, 4)
+    while len(prefixes) < count:
         outer = draw.choice(prefixes) if draw.random() < 0.7 else network
         candidate = _subnet(draw, outer, min(outer.length + 1, 27), min(outer.length + 6, 28))
         if candidate not in prefixes:
