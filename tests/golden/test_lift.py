@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from peft import get_peft_model
 from torch import nn
 
+from conftest import GOLDEN
 from pegbox.analyze.spectra import alignment
 from pegbox.optim.sparse_adam import UnscaledEpsAdamW
 from pegbox.parts.allocation import Allocation, Entries

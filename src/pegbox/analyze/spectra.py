@@ -140,7 +140,7 @@ def compare_spectra(before: Mapping[str, Tensor], after: Mapping[str, Tensor], t
 def _right_vectors(weight: Tensor, top: int) -> Tensor:
     """(n, p) the top right singular vectors."""
     matrix = _matrix(weight)
-    if not 1 <= top:
+    if not top >= 1:
         raise BadInput(f"top = {top}: at least one singular vector is compared.")
     return torch.linalg.svd(matrix, full_matrices=False).Vh.mT[:, : min(top, *matrix.shape)]
 

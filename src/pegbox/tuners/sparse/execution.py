@@ -11,7 +11,7 @@ from torch import nn
 from pegbox.errors import Unsupported
 from pegbox.tuners.sparse.products import operation_of
 
-__all__ = ["BaseFacts", "base_facts", "choose_execution"]
+__all__ = ["BaseFacts", "base_facts", "choose_execution", "onloaded"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def base_facts(module: nn.Module) -> BaseFacts:
     weight: Any = getattr(module, "weight", None)
     sharded = hasattr(weight, "device_mesh")
     packed = weight is None or not weight.is_floating_point() or (not sharded and _is_subclass(weight))
-    offloaded = bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+    hook = getattr(module, "_hf_hook", None)
+    offloaded = bool(getattr(hook, "offload", False))
     if packed:
         if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
             raise Unsupported(f"the sparse tuner can't tune a {type(module).__name__}: it has no floating weight.")
@@ -51,7 +52,7 @@ def base_facts(module: nn.Module) -> BaseFacts:
     return BaseFacts(
         shape=tuple(weight.shape),
         dtype=weight.dtype,
-        device=weight.device,
+        device=torch.device(hook.execution_device) if offloaded else weight.device,
         packed=False,
         offloaded=offloaded,
         sharded=sharded,
@@ -83,6 +84,14 @@ def choose_execution(wanted: str, facts: BaseFacts, tied: bool, coordinates: str
     if wanted == "bypass" and not facts.packed and not facts.operation:
         raise Unsupported(f"{name}: bypass needs a linear layer, a convolution or an embedding. Use execution='auto'.")
     return wanted
+
+
+def onloaded(module: nn.Module, tensor: str) -> torch.Tensor:
+    """A copy of a tensor of a module that accelerate keeps elsewhere."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return getattr(module, tensor).detach().clone()
 
 
 def _against_in_place(facts: BaseFacts, tied: bool) -> list[str]:

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.indexsets import check_index, index_dtype, numel
 from pegbox.parts.parameterinfo import CLOCK, ParameterInfo, attach_info, info_of, touch
-from pegbox.tuners.sparse.execution import base_facts, choose_execution
+from pegbox.tuners.sparse.execution import base_facts, choose_execution, onloaded
 from pegbox.tuners.sparse.in_place import InPlace
 from pegbox.tuners.sparse.lent import Lent
 from pegbox.tuners.sparse.products import Bypass, Kept, csr_pattern, operation_of
@@ -212,7 +212,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def pretrained(self, tensor: str) -> Tensor:
         """The base's tensor, flat, as it is stored now (revert first to have the pretrained one)."""
-        return getattr(self.base_layer, tensor).detach().reshape(-1)
+        held = getattr(self.base_layer, tensor)
+        if held.is_meta and base_facts(self.base_layer).offloaded:
+            return onloaded(self.base_layer, tensor).reshape(-1)
+        return held.detach().reshape(-1)
 
     def _of(self, tensor: str, part: str) -> Any:
         return getattr(self, f"sparse_{tensor}_{part}")
@@ -261,19 +264,20 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def _bypassed(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         facts = base_facts(self.base_layer)
+        check = Lent(self, active, False, None).check
         for adapter in active:
             slot = self.slot(adapter, "weight")
             for index, values in slot.parts():
                 change = values
                 if slot.absolute:
                     change = difference_of(self.pretrained("weight")[index.long()], values, True)
-                y = y + self._sparse_output(x, change, index, facts).to(y.dtype)
+                y = y + self._sparse_output(x, change, index, facts, check).to(y.dtype)
         return y
 
-    def _sparse_output(self, x: Tensor, change: Tensor, index: Tensor, facts: Any) -> Tensor:
+    def _sparse_output(self, x: Tensor, change: Tensor, index: Tensor, facts: Any, check: Any) -> Tensor:
         operation = operation_of(self.base_layer)
         if facts.packed or (operation is not None and operation.sparse_product):
-            return Bypass.apply(x, change, index, facts.shape, facts.transposed)
+            return Bypass.apply(x, change, index, facts.shape, facts.transposed, check)
         dense = torch.zeros(numel(facts.shape), dtype=facts.dtype, device=x.device)
         dense = dense.index_put((index.long(),), change.to(facts.dtype)).view(facts.shape)
         if operation is None:
@@ -478,9 +482,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or hasattr(module, "_hf_hook")  # accelerate's replaces the forward
 
 
 def _revert_before_state_dict(layer: Any, *args: Any) -> None:

@@ -26,13 +26,17 @@ class Lent:
         self.module = layer.base_layer
         self.identities = [layer.identity(a) for a in adapters]
 
+    def check(self) -> None:
+        """Raise `RunFailed` unless the values are those of the forward."""
+        if [self.layer.identity(a) for a in self.adapters] != self.identities:
+            raise RunFailed(
+                f"{self.layer.module_name}: the sparse values changed between a forward and its backward (an optimizer"
+                " step or a refresh in between), so the gradient would be wrong. Run backward before stepping."
+            )
+
     def weight(self) -> Tensor:
         layer = self.layer
-        if [layer.identity(a) for a in self.adapters] != self.identities:
-            raise RunFailed(
-                f"{layer.module_name}: the sparse values changed between a forward and its backward (an optimizer step"
-                " or a refresh in between), so the gradient would be wrong. Run backward before stepping."
-            )
+        self.check()
         if not self.in_place:
             layer.revert()
             shape = layer.shape_of("weight")

@@ -17,7 +17,7 @@ from pegbox.parts.allocation import Allocation, Entries, Frozen, Units, Whole
 from pegbox.parts.indexsets import check_index, everything, from_units, index_dtype, numel
 from pegbox.tuners.registration import register
 from pegbox.tuners.sparse.config import NAME, SparseConfig, select_component
-from pegbox.tuners.sparse.execution import base_facts
+from pegbox.tuners.sparse.execution import base_facts, onloaded
 from pegbox.tuners.sparse.layer import TENSORS, SparseLayer
 from pegbox.tuners.targets import bare_name, resolve_targets
 
@@ -111,6 +111,9 @@ class SparseModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
         if adapter_name not in self.active_adapters:
             layer.set_adapter(self.active_adapters)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # a sparse layer is made on the right device and keeps its dtype
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -239,6 +242,8 @@ def _weight(module: nn.Module, tensor: str) -> Tensor:
         from peft.utils.integrations import dequantize_module_weight
 
         return dequantize_module_weight(module).detach()
+    if base_facts(module).offloaded:
+        return onloaded(module, tensor)
     return getattr(module, tensor).detach()
 
 

@@ -8,6 +8,7 @@ autograd functions; which weight holds at which moment is the caller's business 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -97,14 +98,10 @@ class Conv2dOperation(Operation):
         return F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
 
     def input_gradient(self, module: Any, g: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
-        return conv2d_input(
-            x_shape, weight, g, module.stride, module.padding, module.dilation, module.groups
-        )
+        return conv2d_input(x_shape, weight, g, module.stride, module.padding, module.dilation, module.groups)
 
     def dense_gradient(self, module: Any, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-        return conv2d_weight(
-            x.to(g.dtype), shape, g, module.stride, module.padding, module.dilation, module.groups
-        )
+        return conv2d_weight(x.to(g.dtype), shape, g, module.stride, module.padding, module.dilation, module.groups)
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         return g.sum((0, 2, 3)) if g.ndim == 4 else g.sum((1, 2))
@@ -150,7 +147,7 @@ class Kept(torch.autograd.Function):
         y = holder.operation.forward(holder.module, x, holder.weight(), bias)
         ctx.holder, ctx.x_shape, ctx.x_dtype = holder, x.shape, x.dtype
         if any(ctx.needs_input_grad[3:]):
-            ctx.save_for_backward(x)
+            ctx.save_for_backward(x)  # read exactly once in backward: checkpointing allows no more
         return y
 
     @staticmethod
@@ -162,11 +159,8 @@ class Kept(torch.autograd.Function):
             gx = operation.input_gradient(holder.module, g, ctx.x_shape, weight.to(g.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             gb = operation.bias_gradient(g)
-        x = ctx.saved_tensors[0] if ctx.saved_tensors else None
-        kept = [
-            holder.kept_gradient(i, g, x) if needed else None
-            for i, needed in enumerate(ctx.needs_input_grad[3:])
-        ]
+        x = ctx.saved_tensors[0] if any(ctx.needs_input_grad[3:]) else None
+        kept = [holder.kept_gradient(i, g, x) if needed else None for i, needed in enumerate(ctx.needs_input_grad[3:])]
         return gx, gb, None, *kept
 
 
@@ -175,14 +169,21 @@ class Bypass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, int], transposed: bool
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        index: Tensor,
+        shape: tuple[int, int],
+        transposed: bool,
+        check: Callable[[], None],
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, index)
-        ctx.shape, ctx.transposed, ctx.x_meta = shape, transposed, (x.shape, x.dtype)
+        ctx.shape, ctx.transposed, ctx.x_meta, ctx.check = shape, transposed, (x.shape, x.dtype), check
         return _sparse_times(csr_pattern(index, shape, values.detach()), x, forward=not transposed)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.check()  # a fused optimizer writes without autograd's notice
         x, values, index = ctx.saved_tensors
         matrix = csr_pattern(index, ctx.shape, values.detach())
         gx = gv = None
@@ -190,11 +191,12 @@ class Bypass(torch.autograd.Function):
             gx = _sparse_times(matrix, g, forward=ctx.transposed).to(ctx.x_meta[1]).view(ctx.x_meta[0])
         if ctx.needs_input_grad[1]:
             gv = sampled_product(matrix, *LinearOperation(ctx.transposed).sides(g, x))
-        return gx, gv, None, None, None
+        return gx, gv, None, None, None, None
 
 
 def _sparse_times(matrix: Tensor, x: Tensor, forward: bool) -> Tensor:
     """x M^T (`forward`) or x M for a CSR matrix M and x (..., D), computed in M's dtype, returned in x's."""
     flat = x.reshape(-1, x.shape[-1]).to(matrix.dtype)
     left = matrix if forward else matrix.t().to_sparse_csr()
-    return (left @ flat.t()).t().reshape(*x.shape[:-1], left.shape[0]).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # sparse products are not there in 16 bits
+        return (left @ flat.t()).t().reshape(*x.shape[:-1], left.shape[0]).to(x.dtype)
