@@ -157,9 +157,6 @@ class Hooks(TrainerCallback):
             "set optim.max_grad_norm, or look at these rows."
         )
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.after_optimizer_step()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         settings, step = self.trainer.train_settings, state.global_step
         state.epoch = step * settings.batch / self.rows_per_epoch

@@ -42,8 +42,8 @@ def eval_batches(dataset: Any, collate: Callable[..., Any], size: int, *, split:
 class Evaluating(TrainerLike):
     """Mixin: `evaluate` of the trainer by pegbox's rules. Attributes set by whoever makes the trainer."""
 
-    train_settings: TrainSettings
-    evaluator: Evaluator | None
+    train_settings: TrainSettings | None = None  # None: the trainer's own evaluation
+    evaluator: Evaluator | None = None
     stop_request: StopRequest
     pending_evaluation: bool = False
     since_best: int = 0
@@ -52,6 +52,8 @@ class Evaluating(TrainerLike):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """All metrics as {"eval_<name>": value}; {} if it was left because the run is to stop."""
+        if self.train_settings is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         began, numbers = time.perf_counter(), take_random()
         modes = [(m, m.training) for m in self.model.modules()]
         try:
@@ -93,6 +95,7 @@ class Evaluating(TrainerLike):
     def _objective_loss(self, dataset: Any) -> float | None:
         if self.owns_loss:  # the trainer's own evaluation, e.g. DPO's
             return self._host_loss(dataset)
+        assert self.train_settings is not None
         size = self.train_settings.eval_batch or self.args.per_device_train_batch_size
         split = self.sharding == "none"
         return self.evaluate_objective(
@@ -102,12 +105,15 @@ class Evaluating(TrainerLike):
     def _host_loss(self, dataset: Any) -> float | None:
         log, self.log = self.log, lambda *_, **__: None  # its record would come without our fields
         try:
-            return super().evaluate(dataset, metric_key_prefix="eval").get("eval_loss")
+            own = dataset is self.eval_dataset  # prepared already by the trainer
+            return super().evaluate(None if own else dataset, metric_key_prefix="eval").get("eval_loss")
         finally:
             self.log = log
 
     def _determine_best_metric(self, metrics: Mapping[str, float] | None, trial: Any = None) -> bool:
         """Update the best value; asks for a checkpoint where the best is to be kept."""
+        if self.train_settings is None:
+            return super()._determine_best_metric(metrics, trial)
         if not metrics:
             return False
         name = f"eval_{self.train_settings.metric}"
@@ -131,5 +137,5 @@ class Evaluating(TrainerLike):
 
     def out_of_patience(self) -> bool:
         """True if `early_stopping` evaluations in a row were no better than the best."""
-        patience = self.train_settings.early_stopping
+        patience = self.train_settings.early_stopping if self.train_settings is not None else None
         return patience is not None and self.since_best >= patience

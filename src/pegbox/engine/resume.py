@@ -149,10 +149,10 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: s
 
 
 class Resumable(TrainerLike):
-    """Mixin that replaces the trainer's checkpoints. Attributes set by whoever makes the trainer:
+    """Mixin that replaces the trainer's checkpoints. Attributes that whoever makes the trainer may set:
 
-    store: where they go. settings: a JSON value that must be the same on resuming. watch: the model's buffers.
-    extra: objects with state_dict/load_state_dict saved beside (callbacks, a sampler), by name.
+    store: where they go; by default the trainer's output folder. settings: a JSON value that must be the same on
+    resuming. watch: the model's buffers. extra: objects with state_dict/load_state_dict saved beside, by name.
     """
 
     store: CheckpointStore
@@ -160,6 +160,18 @@ class Resumable(TrainerLike):
     watch: BufferWatch
     extra: dict[str, Any]
     _sealed: int | None = None  # the step of the last checkpoint that this process saw completed
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.store = CheckpointStore(Path(self.args.output_dir), self.args.save_total_limit)
+        self.settings, self.extra, self.watch = {}, {}, BufferWatch(self.model)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As the trainer's; True means the newest complete checkpoint, from the start if there is none."""
+        if resume_from_checkpoint is True:
+            newest = self.store.newest()
+            resume_from_checkpoint = str(newest) if newest is not None else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write the checkpoint of the current step. Raises `RunFailed` on every process if any can't."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from pegbox.data.base import DataPolicy
 from pegbox.engine.distributed import Whole, agree, full, gather_rows, mean_over_ranks, sum_over_ranks, world
@@ -103,6 +104,7 @@ class Seams(TrainerLike):
             if made is None:
                 raise ValueError("an objective needs a view of the model")
             self.view = made
+        self.add_callback(_AfterStep(self))
 
     # ---- set-up, once the number of steps is known
 
@@ -280,10 +282,12 @@ class Seams(TrainerLike):
         return self.grad_norm
 
     def after_optimizer_step(self) -> None:
-        """Owners step, the estimator is told, policies see the outcomes. Called by the hooks."""
+        """Owners step, the estimator is told, policies see the outcomes."""
         counts = sum_over_ranks(torch.tensor([self.step_tokens, self.step_positions]))
         self.tokens_seen += int(counts[0])
         self.positions_seen += int(counts[1])
+        if self.owns_loss and self.state.num_input_tokens_seen:
+            self.tokens_seen = int(self.state.num_input_tokens_seen)  # a host that samples its own rows
         if self.owns_loss:
             return
         self.owners.step(skip=self._log.skip)
@@ -363,6 +367,16 @@ class Seams(TrainerLike):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # counted in parts/cost.py; the trainer's count walks all parameters at every micro-batch
+
+
+class _AfterStep(TrainerCallback):
+    """Calls the trainer back once its optimizer has stepped."""
+
+    def __init__(self, trainer: Seams):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.after_optimizer_step()
 
 
 def _tokens(batch: Any) -> int:

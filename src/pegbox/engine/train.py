@@ -8,7 +8,8 @@ Linear on purpose: what is checked, what is built, what runs, what is left. It k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,8 @@ class _Stage:
 
         if self.settings.gradient_checkpointing:
             _enable_checkpointing(self.model, self.settings)
-        config = getattr(self.model, "config", None)
-        self.cached = getattr(config, "use_cache", None)  # the trainer switches it off for good
+        self.cached = getattr(getattr(self.model, "config", None), "use_cache", None)
+        self.adapters = set(getattr(self.model, "peft_config", {}))
         self.trainer = self._trainer()
         trainer = self.trainer
         trainer.remove_callback(PrinterCallback)
@@ -246,7 +247,13 @@ class _Stage:
                 "device 'cuda' was asked for and no GPU is visible. Use --device cpu, or see `pegbox doctor`."
             )
         extra = {} if self.own_data else self._host_inputs()
-        return trainer_class(host)(
+        make = trainer_class(host)
+        with _no_progress_bars():
+            return self._make(make, arguments, extra)
+
+    def _make(self, make: Any, arguments: Any, extra: dict[str, Any]) -> Any:
+        settings = self.settings
+        return make(
             model=self.model,
             args=arguments,
             train_dataset=self.train_set,
@@ -371,7 +378,7 @@ class _Stage:
         except Interrupted:
             trainer.is_in_train = False
         finally:
-            self._restore_config()
+            self._leave_model_as_found()
         steps = trainer.state.global_step
         if trainer.stop_request.requested and (steps < trainer.state.max_steps or trainer.pending_evaluation):
             raise Stopped(
@@ -386,9 +393,13 @@ class _Stage:
         outcome.log = [as_json(r) for r in self.hooks.history]
         return outcome
 
-    def _restore_config(self) -> None:
+    def _leave_model_as_found(self) -> None:
+        """Undo what trainers do to a model for good: no key-value cache, a second adapter as DPO's reference."""
+        model: Any = self.model
         if self.cached is not None:
-            self.model.config.use_cache = self.cached  # type: ignore[union-attr]
+            model.config.use_cache = self.cached
+        for name in set(getattr(model, "peft_config", {})) - self.adapters:
+            model.delete_adapter(name)
 
     def _best(self) -> dict[str, Any] | None:
         state = self.trainer.state
@@ -415,6 +426,20 @@ class _Stage:
             seconds=self.hooks.clock.seconds,
             machine=machine(),
         )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep the data sets' own progress bars off the terminal while a trainer prepares its rows."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 def _enable_checkpointing(model: nn.Module, settings: TrainSettings) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FlopMeter",
@@ -34,12 +35,7 @@ __all__ = [
 class FlopMeter:
     """FLOPs counted so far; read `total` inside or after the context."""
 
-    _counter: Any = None
-    _final: int | None = None
-
-    @property
-    def total(self) -> int:
-        return self._final if self._final is not None else int(self._counter.get_total_flops())
+    total: int = 0
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -54,30 +50,48 @@ def _cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *ar
     return 2 * b * h * t * key[-2] * (3 * d + 2 * value[-1])
 
 
-def _mapping() -> dict[Any, Any]:
-    """torch's counter does not know the CPU's fused attention."""
-    aten = torch.ops.aten
-    mapping: dict[Any, Any] = {}
-    forward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    backward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-    if forward is not None:
-        mapping[forward] = _cpu_attention
-    if backward is not None:
-        mapping[backward] = _cpu_attention_backward
-    return mapping
+def _registry() -> dict[Any, Any]:
+    """torch's formulas by operation, and the CPU's fused attention, which torch's counter does not know."""
+    from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+    aten, known = torch.ops.aten, dict(flop_registry)
+    for name, formula in (
+        ("_scaled_dot_product_flash_attention_for_cpu", _cpu_attention),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", _cpu_attention_backward),
+    ):
+        if hasattr(aten, name):
+            known[getattr(aten, name)] = shape_wrapper(formula)
+    return known
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up formulas of what is run. Unlike torch's own counter it sets no hooks on modules, whose presence makes
+    `torch.autograd.grad` inside a forward fail."""
+
+    def __init__(self, meter: FlopMeter):
+        super().__init__()
+        self.meter, self.known = meter, _registry()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = self.known.get(getattr(func, "_overloadpacket", None))
+        if formula is None and hasattr(func, "decompose") and func is not torch.ops.prim.device.default:
+            with self:
+                inner = func.decompose(*args, **kwargs)
+            if inner is not NotImplemented:
+                return inner
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.meter.total += int(formula(*args, **kwargs, out_val=out))
+        return out
 
 
 @contextmanager
 def measuring_flops() -> Iterator[FlopMeter]:
     """Count the FLOPs of everything inside."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False, custom_mapping=_mapping()) as counter:
-        meter = FlopMeter(counter)
-        try:
-            yield meter
-        finally:
-            meter._final = int(counter.get_total_flops())
+    meter = FlopMeter()
+    with _Counter(meter):
+        yield meter
 
 
 @dataclass
