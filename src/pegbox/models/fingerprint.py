@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pegbox.errors import Corrupt, PegboxError
 from pegbox.models.cache import cache_dir
+from pegbox.models.gguf_file import packed_tensors
 from pegbox.parts.files import read_json, write_json
 
 __all__ = [
@@ -166,28 +167,21 @@ def _safetensors(path: Path) -> list[_Stored]:
 
 def _entry(path: Path, start: int, name: str, entry: dict[str, Any]) -> _Stored:
     low, high = entry["data_offsets"]
-
-    def read(a: int, b: int) -> bytes:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start + low + a)
-            return file.read(b - a)
-
-    return _Stored(name, entry["dtype"], tuple(entry["shape"]), high - low, read)
+    return _Stored(name, entry["dtype"], tuple(entry["shape"]), high - low, _reads(path, start + low))
 
 
 def _gguf(path: Path) -> list[_Stored]:
-    from gguf import GGUFReader
+    tensors = packed_tensors(path)
+    return [_Stored(t.name, t.type, t.shape, t.stop - t.start, _reads(path, t.start)) for t in tensors]
 
-    try:
-        reader = GGUFReader(str(path))
-    except Exception as error:  # the reader raises whatever its numpy indexing meets
-        raise Corrupt(f"{path} is not a readable GGUF file ({error}). Copy or download it again.") from error
-    entries = []
-    for tensor in reader.tensors:
-        flat: Any = memoryview(tensor.data.reshape(-1).view("uint8"))  # type: ignore[arg-type]
-        shape = tuple(int(n) for n in tensor.shape)
-        entries.append(_Stored(tensor.name, tensor.tensor_type.name, shape, flat.nbytes, _slices(flat)))
-    return entries
+
+def _reads(path: Path, offset: int) -> Read:
+    def read(start: int, stop: int) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset + start)
+            return file.read(stop - start)
+
+    return read
 
 
 def _in_memory(name: str, tensor: Tensor) -> _Stored:
