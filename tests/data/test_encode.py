@@ -99,6 +99,8 @@ def test_classes_numbers_and_pairs(tok):
     assert ordered.label_names == ["2", "9", "10"]
     numbers = encode_rows([Row("a", "classification", text="t", label=0.25)], tok)
     assert (numbers[0]["labels"], numbers.label_names) == (0.25, [])
+    mixed = encode_rows([Row(str(v), "classification", text="t", label=v) for v in (0, 0.5, 1)], tok)
+    assert [e["labels"] for e in mixed] == [0.0, 0.5, 1.0]
     with pytest.raises(BadInput, match=r"'b' does not occur in training. Known: a, c"):
         encode_rows(rows[:1], tok, label_names=["a", "c"])
 

@@ -84,6 +84,8 @@ def test_text_and_classification():
     assert (row.kind, row.text, row.text_pair, row.label) == ("classification", "a", "b", 2)
     assert read({"sentence": "fine", "label": True}).label == 1
     assert read({"sentence": "fine", "label": 0.25}).label == 0.25
+    assert read({"sentence": "fine", "label": "0.25"}).label == 0.25, "as a CSV file writes it"
+    assert read({"sentence": "fine", "label": "1"}).label == "1"
 
 
 def test_preferences_with_and_without_a_prompt():

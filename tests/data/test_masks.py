@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from families import FAMILIES, QWEN3, R1, Family, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +11,6 @@ from pegbox.data.masks import mask_chat, mask_text, tokenise
 from pegbox.data.rows import Row
 from pegbox.data.templates import ChatTemplate, resolve_template
 from pegbox.errors import BadInput
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import FAMILIES, QWEN3, R1, Family, make_tokenizer
 
 ALL = {f.name: f for f in [*FAMILIES, QWEN3, R1]}
 _TEMPLATES: dict[str, ChatTemplate] = {}

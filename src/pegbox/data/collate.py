@@ -162,7 +162,7 @@ def packing_leaks(model: nn.Module, length: int = 5) -> bool:
     """
     table = model.get_input_embeddings()  # type: ignore[operator]
     device = table.weight.device
-    ids = torch.arange(1, 2 * length + 1, device=device)[None] % min(table.num_embeddings, 97)
+    ids = torch.arange(1, 2 * length + 1, device=device)[None] % min(table.weight.shape[0], 97)
     positions = torch.arange(length, device=device).repeat(2)[None]
     caught: list[Tensor] = []
 

@@ -108,7 +108,7 @@ def load_rows(
         report.sources.append({"path": source.path, "format": name, "read": len(rows), "weight": source.weight})
     _mix(parts, listed, report)
     rows = _numbered([row for part in parts for row in part], report, deduplicate)
-    kinds = {"text" if row.kind == "text" else row.kind for row in rows}
+    kinds = {row.kind for row in rows}
     if len(kinds) > 1 and kinds - {"chat", "completion", "text"}:
         raise BadInput(f"The sources hold rows of kinds that don't mix: {', '.join(sorted(kinds))}. Give one kind.")
     return RowSet(rows, ", ".join(dict.fromkeys(formats)), report)

@@ -224,7 +224,7 @@ def _flat(parts: Iterable[Sequence[Any]], dtype: Any) -> np.ndarray:
 
 
 def _encode_classes(rows: Sequence[Row], tokenizer: Any, options: _Options, names: Sequence[str] | None) -> EncodedSet:
-    numeric = all(isinstance(row.label, float) for row in rows)
+    numeric = all(isinstance(row.label, int | float) for row in rows) and any(isinstance(r.label, float) for r in rows)
     known = list(names) if names is not None else sorted({str(row.label) for row in rows}, key=_label_order)
     kept: list[tuple[Row, Masked]] = []
     types: list[list[int]] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -182,6 +183,8 @@ def _read_classification(record: Values, where: str) -> dict[str, Any]:
     label = record["label"]
     if isinstance(label, bool):
         label = int(label)
+    if isinstance(label, str) and _DECIMAL.fullmatch(label.strip()):
+        label = float(label)  # a number to regress, as CSV writes it
     if not isinstance(label, int | float | str) or (isinstance(label, float) and not math.isfinite(label)):
         raise bad_row(
             where, "label", f"{label!r} is no label", "a class name or number", FORMATS["classification"].example
@@ -293,6 +296,7 @@ def _needs(fmt: Format) -> str:
     return "the columns " + ", ".join(" or ".join(repr(c) for c in group) for group in fmt.needs)
 
 
+_DECIMAL = re.compile(r"[+-]?\d*\.\d+")
 _TOOLS = {"tools": [{"type": "function", "function": {"name": "ping", "parameters": {"type": "object"}}}]}
 _CHAT = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text", "text_pair"), ("question", "sentence"))

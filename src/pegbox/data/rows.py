@@ -23,7 +23,8 @@ class Row:
         kind: chat (messages, any number of turns) | completion (one raw prompt and answer) | text |
             classification (text or text pair and label) | preference (a prompt, a chosen and a rejected answer).
         messages: chat messages {"role", "content", maybe "tool_calls", "reasoning_content", ...}; for completion rows
-            one user and one assistant message; for preference rows the prompt.
+            one user and one assistant message; for preference rows the prompt. `"train": False` on an assistant
+            message leaves it out of the loss.
         text, text_pair, label: for text and classification rows.
         chosen, rejected: answers as message lists, for preference rows.
         tools: tool schemas for the template.

@@ -132,8 +132,21 @@ def _text_of(path: Path) -> str:
         raise BadInput(f"{path}: broken gzip file ({error}). Copy or download it again.") from None
 
 
+def _lines_of(path: Path) -> Iterator[str]:
+    """Lines one at a time, so that a large file is never held whole."""
+    number = 0
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}, line {number}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise BadInput(f"{path}: broken gzip file ({error}). Copy or download it again.") from None
+
+
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(io.StringIO(_text_of(path)), start=1):
+    for number, line in enumerate(_lines_of(path), start=1):
         if not line.strip():
             continue
         try:
