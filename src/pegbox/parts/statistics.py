@@ -245,7 +245,7 @@ def fingerprint(model: nn.Module, anatomy: Anatomy | None = None, modules: Itera
     """12 hex digits over the names, shapes and some entries of the modules' weights: whose statistics these are."""
     anatomy = anatomy or Anatomy.of(model)
     total = hashlib.sha256()
-    for name in modules if modules is not None else [piece.module for piece in anatomy.linears()]:
+    for name in sorted(modules if modules is not None else (piece.module for piece in anatomy.linears())):
         weight = getattr(model.get_submodule(anatomy.actual(name)), "weight", None)
         total.update(f"{name}{anatomy.piece(name).shape}".encode())
         if isinstance(weight, Tensor) and not weight.is_meta:

@@ -28,6 +28,7 @@ from pegbox.parts.allocation import Allocation, Choice, Entries, Frozen, Units, 
 from pegbox.parts.anatomy import Anatomy
 from pegbox.parts.context import Context
 from pegbox.parts.indexsets import check_index, from_units, index_dtype, union
+from pegbox.parts.initial import pending
 from pegbox.tuners.axis import TUNER
 from pegbox.tuners.base import Tuner
 
@@ -88,6 +89,8 @@ class Full(Tuner):
         Raises `BadInput` for a name the model has not or a selection of nothing, `Unsupported` for packed weights and
         for single entries of sharded ones.
         """
+        if pending(model):
+            raise Unsupported("a preparation took a part out of the weights for an adapter; use tuner 'lora' with it.")
         return _attach(model, allocation, before=full_state(model))
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
