@@ -87,7 +87,7 @@ def test_what_is_wrong_with_a_block_is_said_with_the_nearest_right_thing():
         TUNER.validate({"kind": "spars"})
     with pytest.raises(BadInput, match="init_lora_weights"):
         TUNER.validate({"kind": "lora", "init_lora_weights": "nope"})
-    with pytest.raises(BadInput, match="Unknown key 'tuner.inference_mode'"):
+    with pytest.raises(BadInput, match=r"Unknown key 'tuner\.inference_mode'"):
         TUNER.validate({"kind": "lora", "inference_mode": True})
 
 

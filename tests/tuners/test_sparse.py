@@ -334,8 +334,8 @@ def test_what_can_not_be_right_is_refused_with_the_reason():
     missing = Allocation({"model.layers.9.self_attn.q_proj.weight": Whole()})
     with pytest.raises(BadInput, match=r"layers\.9"):
         TUNER.validate("sparse").attach(model, missing, Context(model))
+    bad = Allocation({"model.norm.weight": Entries(torch.tensor([5, 5]))})
     with pytest.raises(BadInput, match="sorted, unique"):
-        bad = Allocation({"model.norm.weight": Entries(torch.tensor([5, 5]))})
         TUNER.validate("sparse").attach(model, bad, Context(model))
 
 

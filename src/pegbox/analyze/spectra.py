@@ -37,7 +37,7 @@ __all__ = [
 
 
 def alignment(before: Tensor, after: Tensor, top: int = 128) -> float:
-    """How much of the top right singular space survived: 1 if all of it, p / n in expectation for unrelated matrices."""
+    """How much of the top right singular space survived: 1 if all, p / n in expectation for unrelated matrices."""
     _same_shape(before, after)
     old, new = (_right_vectors(matrix, top) for matrix in (before, after))
     return float((new.mT @ old).square().sum() / new.shape[1])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pegbox.tuners.sparse.export import export_delta
     from pegbox.tuners.sparse.layer import SparseLayer
     from pegbox.tuners.sparse.model import SparseModel, sparse_layers
-    from pegbox.tuners.sparse.refresh import MaskRefresh, callbacks_for, refresh
+    from pegbox.tuners.sparse.refresh import MaskRefresh, callbacks_for
 
 __all__ = [
     "MaskRefresh",
@@ -24,7 +24,6 @@ __all__ = [
     "SparseTuner",
     "callbacks_for",
     "export_delta",
-    "refresh",
     "sparse_layers",
 ]
 
@@ -35,7 +34,6 @@ _LATE = {
     "SparseModel": "model",
     "callbacks_for": "refresh",
     "export_delta": "export",
-    "refresh": "refresh",
     "sparse_layers": "model",
 }
 
