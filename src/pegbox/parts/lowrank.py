@@ -137,7 +137,8 @@ def stable_rank(matrix: Tensor) -> int:
     if not bool(norm > 0):
         return 1
     ratio = work.square().sum() / norm.square()
-    return max(1, int(torch.floor(ratio * (1 + 1e-12))))  # an orthogonal matrix has ratio n up to rounding
+    eps = torch.finfo(matrix.dtype).eps if matrix.is_floating_point() else 0.0
+    return max(1, int(torch.floor(ratio * (1 + 8 * eps))))  # an orthogonal matrix has ratio n up to rounding
 
 
 def factors(
