@@ -35,7 +35,9 @@ class RowStream:
     Args:
         rows: how many rows the set has.
         seed: of the shuffle; each epoch has its own permutation.
-        sampler: an iterable of row numbers, iterated anew for each epoch (`set_epoch` is called where it exists).
+        sampler: an iterable of row numbers, iterated anew for each epoch (`set_epoch` is called where it exists). One
+            with `state_dict`/`load_state_dict` is saved and goes on from its state; any other is walked again to the
+            place on resuming, so its order must follow from the epoch alone.
         shuffle: False keeps the set's own order.
     """
 
@@ -61,6 +63,8 @@ class RowStream:
         """Row numbers from place `start` of the stream on, for ever."""
         if self.sampler is None:
             epoch, skip = divmod(start, self.rows)
+        elif hasattr(self.sampler, "load_state_dict"):
+            epoch, skip = 0, 0  # restored, it goes on where it was
         else:
             epoch, skip = 0, start  # its epochs may have any length: walk them from the first
         while True:
@@ -110,11 +114,11 @@ def steps_for_tokens(stream: RowStream, lengths: Sequence[int], batch: int, toke
     if stream.sampler is not None:
         mean = sum(lengths) / len(lengths)
         return max(1, math.ceil(tokens / (mean * batch)))
-    seen = steps = 0
-    rows = stream.rows_from(0)
-    whole, per_round = math.lcm(stream.rows, batch), sum(lengths) * (math.lcm(stream.rows, batch) // stream.rows)
+    whole = math.lcm(stream.rows, batch)  # after so many rows an epoch and a step end together
+    per_round = sum(lengths) * (whole // stream.rows)
     rounds = max(0, tokens // per_round - 1)  # whole rounds need no walk
     steps, seen = rounds * (whole // batch), rounds * per_round
+    rows = stream.rows_from(steps * batch)
     while seen < tokens:
         seen += sum(lengths[next(rows)] for _ in range(batch))
         steps += 1

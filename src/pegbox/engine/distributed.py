@@ -44,6 +44,7 @@ def join_processes(device: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
+        PartialState._reset_state()  # one that was made before the launcher's variables were set counts one process
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
