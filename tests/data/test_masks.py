@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from families import FAMILIES, QWEN3, R1, Family, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.families import FAMILIES, QWEN3, R1, Family, make_tokenizer
 from pegbox.data.masks import mask_chat, mask_text, tokenise
 from pegbox.data.rows import Row
 from pegbox.data.templates import ChatTemplate, resolve_template
