@@ -7,6 +7,7 @@ greedy unless the caller's `generate` says otherwise, and the bootstrap has its 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pegbox.parts.generation import LocalModel, as_evaluated
 from pegbox.parts.results import Example, Measurement, Score
 from pegbox.parts.view import ModelView
 
-__all__ = ["difference", "measure", "read_examples", "write_examples"]
+__all__ = ["difference", "measure", "pooled", "read_examples", "write_examples"]
 
 _LONGEST = 1024  # tokens a scored sequence may have, where the model's context is longer
 
@@ -172,6 +173,32 @@ def difference(
     sign = 1.0 if score.higher_is_better else -1.0
     signed_a, signed_b = ([[sign * v for v in line] for line in side] for side in (a, b))
     return paired_difference(signed_a, signed_b, weights, samples=samples, seed=seed)
+
+
+def pooled(name: str, measured: Sequence[Measurement], *, samples: int = 4000, seed: int = 0) -> Score:
+    """A score over seeds: the mean over seeds and rows with its two-level interval.
+
+    Without the rows behind it (no examples, or a score that is no mean over rows) it is the mean over the seeds, without
+    an interval.
+    """
+    score = measured[0].scores[name]
+    base, _, group = name.partition("/")
+    if not any(base in e.values and (not group or (e.group or "other") == group) for e in measured[0].examples):
+        if len(measured) == 1:
+            return score
+        mean = sum(m.scores[name].value for m in measured) / len(measured)
+        return score.model_copy(update={"value": mean, "low": None, "high": None})
+    rows = _rows_of(name, measured[0])
+    values = [_column(name, m, rows) for m in measured]
+    weights = _column(name, measured[0], rows, score.weight) if score.weight else None
+    if all(line == values[0] for line in values):
+        one = bootstrap(values[0], weights, exp=score.exp, seed=seed)
+        return score.model_copy(update={"value": one.value, "low": one.low, "high": one.high, "n": one.n})
+    d = paired_difference(values, [[0.0] * len(rows)] * len(values), weights, samples=samples, seed=seed)
+    low, value, high = ((math.exp(x) if score.exp else x) for x in (d.low, d.value, d.high))
+    if all(0 <= v <= 1 for line in values for v in line) and not score.exp:
+        low, high = max(0.0, low), min(1.0, high)  # the rescaled bootstrap may step outside
+    return score.model_copy(update={"value": value, "low": low, "high": high, "n": len(rows)})
 
 
 def _rows_of(name: str, measurement: Measurement) -> list[str]:

@@ -79,12 +79,16 @@ def bootstrap(
 ) -> Interval:
     """The (weighted) mean of `values` (N,) with a percentile interval over rows; `exp` reports its exponential.
 
-    With token counts as weights and mean losses as values, `exp=True` is the per-token perplexity. Raises `BadInput` on
-    no rows and on values that are not finite.
+    With token counts as weights and mean losses as values, `exp=True` is the per-token perplexity. Where all rows are
+    wrong (0) or all right (1), resampling says nothing: the interval is then Clopper and Pearson's exact one. Raises
+    `BadInput` on no rows and on values that are not finite.
     """
     x, w = _checked(values, weights)
     total = np.exp if exp else np.asarray
     value = float(total((x * w).sum() / w.sum()))
+    if weights is None and not exp and value in (0.0, 1.0) and (x == value).all():
+        miss = 1 - ((1 - level) / 2) ** (1 / len(x))
+        return Interval(value, *((0.0, miss) if value == 0 else (1 - miss, 1.0)), len(x))
     if len(x) == 1:
         return Interval(value, value, value, 1)
     draws = np.concatenate([(c @ (x * w)) / (c @ w) for c in _resampled(len(x), samples, np.random.default_rng(seed))])

@@ -227,7 +227,7 @@ def stream(
     def work() -> None:
         try:
             with as_evaluated(model), torch.no_grad():
-                extra = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([closed])}
+                extra: dict[str, Any] = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([closed])}
                 _decode_batch(inner, tokenizer, [prompt], max_new_tokens, sampling, ends, **extra)
         except Exception as error:
             errors.append(error)
