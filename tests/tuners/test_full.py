@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from pegbox.errors import BadInput, Corrupt, Unsupported, WrongBase
 from pegbox.parts.allocation import Allocation, Entries, Frozen, PerTensor, Units, Whole
+from pegbox.parts.anatomy import Anatomy
 from pegbox.parts.context import Context
+from pegbox.select import SELECT
 from pegbox.testing import tiny_llama
 from pegbox.tuners import TUNER
 from pegbox.tuners.full import Full, full_state
@@ -219,3 +221,79 @@ def test_it_is_on_the_axis_and_validates():
     with pytest.raises(BadInput, match="Unknown key"):
         TUNER.validate({"kind": "full", "rank": 3})
     assert json.loads(Full().model_dump_json()) == {"kind": "full"}
+
+
+def redrawing(model, every=2):
+    selector = SELECT.validate({"kind": "half", "always_on": ["head"], "schedule": {"every": every}})
+    ctx = Context(model, seed=5)
+    first = selector.select(Anatomy.of(model), dict(model.named_parameters()), None, ctx.generator("select", 0))
+    Full().attach(model, first, ctx)
+    (schedule,) = Full().schedules(selector, ctx)
+    stepper = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    return schedule, stepper
+
+
+def steps(model, schedule, stepper, numbers):
+    model.train()
+    for step in numbers:
+        if step and step % schedule.every == 0:
+            schedule.refresh(step, model, stepper)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == schedule.active
+        stepper.step()
+        stepper.zero_grad()
+        assert set(moved_since(model, before)) == schedule.active
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def moved_since(model, before):
+    return [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+
+
+def test_drawing_again_while_training(tmp_path, llama):
+    schedule, stepper = redrawing(llama)
+    first = set(schedule.active)
+    steps(llama, schedule, stepper, range(4))
+    assert schedule.active != first
+    assert {id(p) for p in stepper.state} == {id(llama.get_parameter(n)) for n in schedule.active}
+    Full().save(llama, tmp_path)
+    fresh = Full().load(tiny_llama(), tmp_path)
+    assert all(torch.equal(p, fresh.get_parameter(n)) for n, p in llama.named_parameters())
+
+
+def test_drawing_again_resumes_exactly(llama):
+    schedule, stepper = redrawing(llama)
+    steps(llama, schedule, stepper, range(7))
+    stopped = tiny_llama()
+    schedule_a, stepper_a = redrawing(stopped)
+    steps(stopped, schedule_a, stepper_a, range(5))
+    resumed = tiny_llama()
+    schedule_b, stepper_b = redrawing(resumed)
+    resumed.load_state_dict(stopped.state_dict())
+    stepper_b.load_state_dict(stepper_a.state_dict())
+    schedule_b.load_state_dict(json.loads(json.dumps(schedule_a.state_dict())))
+    assert schedule_b.active == schedule_a.active
+    assert full_state(resumed).touched.digest() == full_state(stopped).touched.digest()
+    steps(resumed, schedule_b, stepper_b, range(5, 7))
+    assert all(torch.equal(p, resumed.get_parameter(n)) for n, p in llama.named_parameters())
+
+
+def test_only_seeded_selections_can_be_drawn_again(llama):
+    from pegbox.select.base import Schedule
+
+    class Weighing:
+        kind, needs_weights, schedule = "weighing", True, Schedule(every=2)
+
+    Full().attach(llama, None, Context(llama))
+    with pytest.raises(Unsupported, match="looks at weights"):
+        Full().schedules(Weighing(), Context(llama))
+    assert Full().schedules(SELECT.validate("half"), Context(llama)) == []
+
+
+def test_what_a_preparation_took_out_is_not_forgotten(llama):
+    from pegbox.parts.initial import set_initial
+
+    set_initial(llama, {"model.layers.0.mlp.up_proj": (torch.zeros(2, 32), torch.zeros(64, 2))})
+    with pytest.raises(Unsupported, match="use tuner 'lora'"):
+        Full().attach(llama, None, Context(llama))

@@ -31,6 +31,7 @@ from pegbox.parts.indexsets import check_index, from_units, index_dtype, union
 from pegbox.parts.initial import pending
 from pegbox.tuners.axis import TUNER
 from pegbox.tuners.base import Tuner
+from pegbox.tuners.redraw import Redraw
 
 __all__ = ["Full", "full_state"]
 
@@ -92,6 +93,15 @@ class Full(Tuner):
         if pending(model):
             raise Unsupported("a preparation took a part out of the weights for an adapter; use tuner 'lora' with it.")
         return _attach(model, allocation, before=full_state(model))
+
+    def schedules(self, selector: Any, ctx: Context) -> list[Any]:
+        schedule = getattr(selector, "schedule", None)
+        if schedule is None or not schedule.moves:
+            return []
+        state = full_state(ctx.model)
+        if state is None:
+            raise BadInput("Attach the full tuner before asking for its schedule.")
+        return [Redraw(selector, ctx, state.allocation, lambda model, chosen: self.attach(model, chosen, ctx))]
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         raise Unsupported("tuner 'full' changes the base itself, so there is no way back; load a frozen copy.")
