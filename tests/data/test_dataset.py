@@ -106,6 +106,12 @@ def test_the_built_in_task_brings_its_own_splits():
     assert small.test == network.rows("test", 12)
 
 
+def test_options_that_do_not_apply_to_the_built_in_task_are_refused():
+    for option in ({"map": {"group": "x"}}, {"format": "chat"}, {"config": "c"}):
+        with pytest.raises(BadInput, match="don't apply"):
+            load_rows({"path": "network", **option})
+
+
 def test_splits_of_files(tmp_path):
     path = write(tmp_path / "x.jsonl", qa(100, group="") + qa(100, 100, group="g"))
     splits = load_splits(path, validation=0.2)

@@ -291,6 +291,12 @@ def test_trailing_user_turns_are_left_out():
     assert mask_chat(chat("Hi", "Ho", "Bye"), template)[0].ids == mask_chat(chat("Hi", "Ho"), template)[0].ids
 
 
+def test_added_tokens_of_blanks_are_no_end_of_turn():
+    tokenizer = make_tokenizer(ALL["alpaca"])
+    tokenizer.add_tokens(["\n\n"])
+    assert resolve_template(tokenizer).traits.closing == ""
+
+
 # ---- built-in templates
 
 

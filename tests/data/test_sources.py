@@ -163,6 +163,7 @@ def test_sources_from_text_and_mappings():
     made = as_source("network:test:300")
     assert (made.path, made.split, made.limit) == ("network", "test", 300)
     assert as_source({"path": "x.jsonl", "weight": 2}).weight == 2
+    assert as_source({"path": "network:test:5", "seed": 3}) == Source(path="network", split="test", limit=5, seed=3)
     for text in ("network:test:many", "network:a:1:2"):
         with pytest.raises(BadInput, match="expected network"):
             as_source(text)

@@ -175,6 +175,8 @@ def _listed(sources: Sources) -> list[Source]:
 
 def _read(source: Source, mapping: Mapping[str, str], format: str) -> tuple[list[Row], str]:
     if source.builtin:
+        if source.map or source.format != "auto" or source.config:
+            raise BadInput("The built-in 'network' task makes its own rows: `map`, `format` and `config` don't apply.")
         split = source.split or "train"
         count = source.limit or NETWORK_COUNTS.get(split, 0)
         return network.rows(split, count, source.seed, source.families or network.FAMILIES), "network"

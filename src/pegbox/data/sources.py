@@ -14,7 +14,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +65,9 @@ def as_source(value: Any) -> Source:
     if isinstance(value, Source):
         return value
     if isinstance(value, str | Path):
-        value = _from_text(str(value))
+        value = {"path": str(value)}
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        value = {**value, **_from_text(value["path"])}
     try:
         return Source.model_validate(value)
     except ValidationError as error:

@@ -175,7 +175,7 @@ class ChatTemplate:
                 "template with --template FILE.jinja."
             )
         tail = text.partition(_ANSWER)[2]
-        marks = [(tail.find(t), len(t)) for t in _markers(self.tokenizer) if t and t in tail]
+        marks = [(tail.find(t), len(t)) for t in _markers(self.tokenizer) if t in tail]
         if not marks:
             return tail.rstrip()
         first = min(start for start, _ in marks)
@@ -239,7 +239,8 @@ def _user(text: str) -> dict[str, Any]:
 
 
 def _markers(tokenizer: Any) -> set[str]:
-    return {*tokenizer.all_special_tokens, *getattr(tokenizer, "added_tokens_encoder", {})}
+    """Special and added tokens; runs of blanks, which some tokenizers add as tokens, mark nothing."""
+    return {t for t in (*tokenizer.all_special_tokens, *getattr(tokenizer, "added_tokens_encoder", {})) if t.strip()}
 
 
 def _with_bos(tokenizer: Any, source: str) -> str:
