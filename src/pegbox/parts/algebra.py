@@ -41,8 +41,6 @@ __all__ = [
 State = Mapping[str, Tensor]
 Stream = Iterator[tuple[str, Tensor]]
 
-_PIECE = 1 << 18  # numbers computed on at a time: stays in the cache
-
 
 class StateReader(Mapping[str, Tensor]):
     """The tensors of safetensors files, read on access (memory-mapped: reading costs no copy).
@@ -145,10 +143,10 @@ def interpolate(base: Tensor, tuned: Tensor, amount: float) -> Tensor:
         return base
     if amount == 1.0:
         return tuned.to(base.dtype)
+    if base.dtype == tuned.dtype:
+        return torch.lerp(base, tuned, amount)  # torch computes halves in float32 and rounds once
     dtype = computed_in(base.dtype, tuned.dtype)
-    if base.dtype == dtype == tuned.dtype:
-        return torch.lerp(base, tuned, amount)
-    return _by_pieces(lambda b, t: torch.lerp(b.to(dtype), t.to(dtype), amount), base, tuned)
+    return torch.lerp(base.to(dtype), tuned.to(dtype), amount).to(base.dtype)
 
 
 def weighted_sum(tensors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
@@ -205,16 +203,6 @@ def magnitude_threshold(stream: Callable[[], Iterable[Tensor]], rank: int) -> fl
         shift = (48 if double else 16) if shift is None else shift - 16
     integer = torch.tensor(prefix, dtype=torch.int64 if double else torch.int32)
     return float(integer.view(torch.float64 if double else torch.float32))
-
-
-def _by_pieces(compute: Callable[[Tensor, Tensor], Tensor], base: Tensor, tuned: Tensor) -> Tensor:
-    """Half-precision arithmetic through float32, a cache's worth at a time."""
-    result = torch.empty_like(base, memory_format=torch.contiguous_format)
-    flat, a, b = result.view(-1), base.reshape(-1), tuned.reshape(-1)
-    for start in range(0, flat.numel(), _PIECE):
-        piece = slice(start, start + _PIECE)
-        flat[piece].copy_(compute(a[piece], b[piece]))
-    return result
 
 
 def _shape(state: State, name: str) -> tuple[int, ...]:
