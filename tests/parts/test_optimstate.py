@@ -52,6 +52,19 @@ def test_remap(name, source):
     optimizer.step()
 
 
+def test_replace():
+    optimizer, p = stepped(OPTIMIZERS["adamw"])
+    q = nn.Parameter(torch.zeros(7))
+    state = optimizer.state[p]
+    optimstate.replace(optimizer, p, q)
+    assert optimizer.param_groups[0]["params"] == [q]
+    assert optimizer.state[q] is state
+    assert p not in optimizer.state
+    optimstate.remap(optimizer, q, torch.tensor([0, 1, 2, 3, 4, -1, -1]), p.shape)
+    q.grad = torch.ones(7)
+    optimizer.step()
+
+
 def test_permute_drop_seed_and_fill():
     optimizer, p = stepped(OPTIMIZERS["adamw"])
     state = optimizer.state[p]

@@ -14,7 +14,7 @@ from pegbox.optim.sparse_adam import UnscaledEpsAdamW, update
 from pegbox.parts import deltas
 from pegbox.parts.context import Context
 from pegbox.parts.indexsets import intersect, locate
-from pegbox.parts.parameterinfo import info_of
+from pegbox.parts.parameterinfo import info_of, make_room, sized_buffers
 from pegbox.select import SELECT
 from pegbox.testing import tiny_llama
 from pegbox.tuners import TUNER
@@ -160,6 +160,7 @@ def test_it_happens_right_before_updates_t_2t_and_never_when_fixed():
     tuner, ctx = TUNER.validate("sparse"), Context(tiny_llama(), seed=7)
     assert tuner.schedules(SELECT.validate(LIFT), ctx) == []
     assert tuner.schedules(SELECT.validate(every), ctx)[0].seed == 7
+    assert not tuner.schedules(fixed.selector, ctx)[0].due(2)
 
 
 def test_a_foreign_trainer_refreshes_by_the_callback(tmp_path):
@@ -282,3 +283,44 @@ def test_one_step_by_hand():
     rate = 0.1 * 0.05**0.5 / 0.1
     want = torch.tensor([1.0, -2.0], dtype=torch.float64) * 0.98 - rate * want_m / (want_v.sqrt() + 1e-6)
     torch.testing.assert_close(w, want, rtol=0, atol=1e-15)
+
+
+def snapshot(model):
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad} | sized_buffers(model)
+    return {n: t.detach().clone() for n, t in tensors.items()}
+
+
+def copy_in(model, saved):
+    """As a checkpoint is restored: by name, in place."""
+    make_room(model, saved)
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            held[name].copy_(tensor)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "accumulative"])
+def test_tensors_copied_in_by_name_restore_any_earlier_or_later_state(mode):
+    limit = {"limit": {"density": 0.3}} if mode == "accumulative" else {}
+    select = {"kind": "random", "budget": {"density": 0.1}, "schedule": {"every": 1, "mode": mode, **limit}}
+    model = lift(select)
+    optimizer = torch.optim.AdamW(trained(model), 1e-2)
+    states, wanted = [], []
+    for turn in range(3):
+        step(model, optimizer)
+        states.append(snapshot(model))
+        wanted.append(base_weights(model))
+        refresh(model, SELECT.validate(select), optimizer, generator=torch.Generator().manual_seed(turn))
+    fresh = lift(select)
+    for target in (model, fresh):
+        for saved, want in [*zip(states, wanted), (states[0], wanted[0]), (states[2], wanted[2])]:
+            copy_in(target, saved)
+            got = base_weights(target)
+            assert all(torch.equal(got[n], want[n]) for n in want)
+            target(input_ids=IDS, labels=IDS).loss.backward()
+            assert all(p.grad.shape == p.shape for p in trained(target))
+            target.zero_grad()
+    with fresh.disable_adapter():
+        layers = sparse_layers(fresh)
+        base = dict(tiny_llama().named_parameters())
+        assert all(torch.equal(layer.base_layer.weight, base[f"{n}.weight"]) for n, layer in layers.items())

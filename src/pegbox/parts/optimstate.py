@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pegbox.errors import Unsupported
 
-__all__ = ["drop", "owner_of", "per_entry", "permute", "remap", "seed", "unwrapped"]
+__all__ = ["drop", "owner_of", "per_entry", "permute", "remap", "replace", "seed", "unwrapped"]
 
 _PACKED = ("absmax1", "qmap1", "block_scale")
 
@@ -74,6 +74,16 @@ def seed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: Tensor, 
 def permute(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, order: Tensor) -> None:
     """Reorder the state as the parameter was reordered: new[j] = old[order[j]]."""
     remap(optimizer, parameter, order)
+
+
+def replace(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Let the optimizer step `new` where it stepped `old`, with its state as it is (`remap` it afterwards)."""
+    if old is new:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
 
 
 def remap(

@@ -9,7 +9,7 @@ kernel) must `touch()` it. Optimizers need not: every `torch.optim` step is noti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["CLOCK", "Clock", "ParameterInfo", "attach_info", "info_of", "touch"]
+__all__ = ["CLOCK", "Clock", "ParameterInfo", "attach_info", "info_of", "make_room", "sized_buffers", "touch"]
 
 
 @dataclass
@@ -76,6 +76,28 @@ def touch(parameters: Iterable[Tensor] | None = None) -> None:
         info = info_of(parameter)
         if info is not None:
             info.writes += 1
+
+
+def make_room(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Before saved tensors are copied into a model by name: let modules whose tensors change size adapt to them.
+
+    Such a module has a method `make_room(shapes by name below it)`; what it holds and the file does not, it drops.
+    """
+    for prefix, module in model.named_modules():
+        adapt = getattr(module, "make_room", None)
+        if callable(adapt):
+            start = f"{prefix}." if prefix else ""
+            adapt({n.removeprefix(start): tuple(t.shape) for n, t in tensors.items() if n.startswith(start)})
+
+
+def sized_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of modules whose tensors change size; a checkpoint needs all of them, changed or not."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if callable(getattr(module, "make_room", None)):
+            own = {n: b for n, b in module.named_buffers() if not n.startswith("base_layer.")}
+            found.update({f"{prefix}.{n}" if prefix else n: b for n, b in own.items()})
+    return found
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

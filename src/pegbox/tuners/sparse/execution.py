@@ -39,7 +39,7 @@ def base_facts(module: nn.Module) -> BaseFacts:
     weight: Any = getattr(module, "weight", None)
     sharded = hasattr(weight, "device_mesh")
     packed = weight is None or not weight.is_floating_point() or (not sharded and _is_subclass(weight))
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     offloaded = bool(getattr(hook, "offload", False))
     if packed:
         if not (hasattr(module, "in_features") and hasattr(module, "out_features")):

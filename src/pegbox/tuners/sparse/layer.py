@@ -14,6 +14,7 @@ moved in between, it raises.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -108,19 +109,30 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return self.pretrained(tensor)[index.long()].to(dtype)
 
     def resize(self, adapter: str, tensor: str, part: str, count: int) -> None:
-        """Give a saved tensor of `count` entries a place to be loaded into (a parameter is replaced)."""
+        """Give a saved tensor of `count` entries a place to be loaded into; a parameter of other size is replaced."""
         self.revert()
-        like = self._of(tensor, "index")[adapter]
+        values, index = self.sparse_values(tensor, adapter), self._of(tensor, "index")[adapter]
+        like = values.detach() if part.endswith("values") else index
         if part == "values":
-            old = self.sparse_values(tensor, adapter)
-            new = torch.zeros(count, dtype=old.dtype, device=old.device)
-            self._of(tensor, "values")[adapter] = nn.Parameter(new, requires_grad=old.requires_grad)
-        elif part == "left_values":
-            dtype = self.sparse_values(tensor, adapter).dtype
-            self._of(tensor, part)[adapter] = torch.zeros(count, dtype=dtype, device=like.device)
+            if values.numel() != count:
+                self._replace_values(adapter, tensor, torch.zeros(count, dtype=like.dtype, device=like.device))
         else:
             self._of(tensor, part)[adapter] = torch.zeros(count, dtype=like.dtype, device=like.device)
-        self.attach_infos()
+        self.moved(adapter)
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Expect tensors of these shapes (by name below this layer) to be copied in: a checkpoint's index sets may have
+        other sizes than those that were selected at the start, and entries may have left since or not have left yet."""
+        for tensor in TENSORS:
+            for adapter in list(self._of(tensor, "values")):
+                for part in ("values", "index", "left_index", "left_values"):
+                    shape = shapes.get(f"sparse_{tensor}_{part}.{adapter}")
+                    if shape is not None:
+                        self.resize(adapter, tensor, part, numel(shape))
+                    elif part.startswith("left") and adapter in self._of(tensor, part):
+                        self.revert()
+                        del self._of(tensor, part)[adapter]
+                        self.moved(adapter)
 
     def attach_infos(self) -> None:
         """Tell optimizers what each values parameter stands for."""
@@ -175,21 +187,28 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """An adapter's execution, gradient or coordinates on this layer."""
         return self._options[adapter][name]
 
-    @torch.no_grad()
-    def move(self, adapter: str, tensor: str, index: Tensor) -> tuple[nn.Parameter, Tensor, torch.Size]:
-        """Train other entries from now on (see `slots.move`). The parameter stays the same object, also if k changes.
+    def _replace_values(self, adapter: str, tensor: str, values: Tensor) -> nn.Parameter:
+        """Values of another size need another parameter: autograd keeps a leaf's size for as long as a graph lives."""
+        old = self.sparse_values(tensor, adapter)
+        self._of(tensor, "values")[adapter] = nn.Parameter(values, requires_grad=old.requires_grad)
+        self.attach_infos()
+        return self.sparse_values(tensor, adapter)
 
-        Returns the values parameter, each entry's place in it before (-1: new), and its shape before.
+    @torch.no_grad()
+    def move(self, adapter: str, tensor: str, index: Tensor) -> tuple[nn.Parameter, nn.Parameter, Tensor]:
+        """Train other entries from now on (see `slots.move`).
+
+        Returns the values parameter before and after (the same object if k is the same), and each entry's place in it
+        before (-1: new).
         """
         self.revert()
         check_index(index, numel(self.shape_of(tensor)), f"{self.module_name}.{tensor}")
         result = move(self.slot(adapter, tensor), index, self.pretrained(tensor))
-        values = self.sparse_values(tensor, adapter)
-        before = values.shape
+        before = values = self.sparse_values(tensor, adapter)
         if values.shape == result.values.shape:
             values.copy_(result.values)
         else:
-            values.data, values.grad = result.values, None
+            values = self._replace_values(adapter, tensor, result.values)
         self._of(tensor, "index")[adapter] = result.index
         for part, held in (("left_index", result.left_index), ("left_values", result.left_values)):
             if held.numel():
@@ -198,7 +217,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 del self._of(tensor, part)[adapter]
         self.moved(adapter)
         touch([values])
-        return values, result.source, before
+        return before, values, result.source
 
     def moved(self, adapter: str) -> None:
         """Say that an adapter's index sets have changed (or have been loaded)."""
@@ -303,11 +322,19 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return (*self.identity(active[0]), CLOCK.now)
 
     def identity(self, adapter: str) -> tuple[Any, ...]:
-        """Changes whenever an adapter's index sets or values do."""
+        """(adapter, its index sets, its values): changes whenever the sets or the values do."""
         values = self.sparse_values("weight", adapter)
         info = info_of(values)
-        version = 0 if values.is_inference() else values._version
-        return adapter, self._moves[adapter], id(values), version, info.writes if info else 0, CLOCK.unattributed
+        written = (id(values), _version(values), info.writes if info else 0, CLOCK.unattributed)
+        return adapter, self._sets(adapter), written
+
+    def _sets(self, adapter: str) -> tuple[Any, ...]:
+        index, left = self._of("weight", "index")[adapter], self._of("weight", "left_index")
+        return (
+            self._moves[adapter],
+            _version(index),
+            adapter in left and (_version(left[adapter]), _version(self._of("weight", "left_values")[adapter])),
+        )
 
     def sync(self) -> None:
         """Make the base weight hold what it should."""
@@ -474,11 +501,17 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def pattern(self, adapter: str) -> Tensor:
         """The CSR matrix of an adapter's trained entries (made once per index set; its values are not read)."""
-        key = (adapter, self._moves[adapter])
+        key = (adapter, self._sets(adapter))
         if key not in self._patterns:
+            for old in [k for k in self._patterns if k[0] == adapter]:
+                del self._patterns[old]
             slot, shape = self.slot(adapter, "weight"), self.shape_of("weight")
             self._patterns[key] = csr_pattern(slot.index, (shape[0], shape[1]), torch.zeros_like(slot.values))
         return self._patterns[key]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _has_hooks(module: nn.Module) -> bool:

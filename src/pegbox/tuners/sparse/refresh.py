@@ -20,7 +20,7 @@ from pegbox.errors import BadInput, RunFailed, Unsupported
 from pegbox.parts.allocation import Allocation, Entries
 from pegbox.parts.context import seed_of
 from pegbox.parts.indexsets import budget_counts, intersect
-from pegbox.parts.optimstate import owner_of, remap
+from pegbox.parts.optimstate import owner_of, remap, replace
 from pegbox.tuners.sparse.config import SparseConfig, select_component
 from pegbox.tuners.sparse.in_place import is_sharded
 from pegbox.tuners.sparse.layer import TENSORS, SparseLayer
@@ -76,10 +76,11 @@ def refresh(
         kept += intersect(choice.index, before).numel()
         if choice.index.numel() != before.numel():
             _check_resizable(name)
-        values, source, shape = layer.move(adapter, tensor, choice.index)
-        owner = owner_of(optimizer, values) if optimizer is not None else None
+        old, values, source = layer.move(adapter, tensor, choice.index)
+        owner = owner_of(optimizer, old) if optimizer is not None else None
         if owner is not None:
-            remap(owner, values, source, shape)
+            replace(owner, old, values)
+            remap(owner, values, source, old.shape)
         trained += choice.index.numel()
         touched += layer.touched(adapter, tensor)
     return Refreshed(trained, kept, touched, digest)
