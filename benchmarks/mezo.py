@@ -125,23 +125,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=["time", "memory"], help="leave the other out (and out of the file)")
     parser.add_argument("--child")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.child:
         sys.stdout.write(str(child(given.child, given.tokens)))
         return
-    largest = max(p.numel() * p.element_size() for p in model().parameters())
-    peaks = {kind: peak(kind, given.tokens) for kind in ("inference", "in_place", "exact")}
-    result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__},
+    result: dict[str, Any] = {
+        "machine": {"processor": platform.machine(), "threads": 1, "torch": torch.__version__},
         "targets": TARGETS,
-        "time": times(given.tokens, given.repeats),
-        "peak_bytes": peaks,
-        "peak_over_inference": {k: peaks[k] - peaks["inference"] for k in ("in_place", "exact")},
-        "largest_tensor_bytes": largest,
-        "trajectory_bytes": trajectory_bytes(),
     }
+    if given.only != "memory":
+        result["time"] = times(given.tokens, given.repeats)
+    if given.only != "time":
+        peaks = {kind: peak(kind, given.tokens) for kind in ("inference", "in_place", "exact")}
+        result["peak_bytes"] = peaks
+        result["peak_over_inference"] = {k: peaks[k] - peaks["inference"] for k in ("in_place", "exact")}
+        result["largest_tensor_bytes"] = max(p.numel() * p.element_size() for p in model().parameters())
+        result["trajectory_bytes"] = trajectory_bytes()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
