@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pegbox.tasks.views import CausalView
 from pegbox.testing import tiny_llama
 
 COLLATE = PaddingCollator(258)
+gc.freeze()  # trainers collect garbage when they start; what was imported need not be walked each time
 
 
 def examples(count: int = 20, seed: int = 0, longest: int = 12) -> list[dict[str, Any]]:

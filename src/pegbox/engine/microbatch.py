@@ -115,9 +115,9 @@ def _attempt(trainer: Any, rows: list[Any], collate: Callable[[list[Any]], Any])
 
 
 def _measure(trainer: Any, batch: Any, rows: int) -> Probe:
-    problem = StepProblem(trainer.micro_loss, [batch], total_counts(trainer.objective, [batch]), trainer.model)
-    problem.totals = {n: t.to(trainer.args.device) for n, t in problem.totals.items()}
-    with problem.untouched(), saved_bytes(trainer.model) as saved:
+    totals = {n: t.to(trainer.args.device) for n, t in total_counts(trainer.objective, [batch]).items()}
+    problem = StepProblem(trainer.micro_loss, [batch], totals, trainer.model)
+    with trainer.owners.untouched(), problem.untouched(), saved_bytes(trainer.model) as saved:
         trainer.model.train()
         if trainer.step_component.needs_backward:
             parts = [loss for name, loss in problem.losses(0) if not name.startswith("_")]

@@ -8,7 +8,8 @@ Any other state is persisted through `state_dict` / `load_state_dict`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from pegbox.engine.distributed import mean_over_ranks, world
+from pegbox.engine.packing import pack, unpack
 from pegbox.errors import Corrupt
 from pegbox.optim.base import Step
 
@@ -41,7 +43,7 @@ class Owners:
     """All component states of a stage: moved, stepped, saved and restored together."""
 
     def __init__(self, states: Mapping[str, Any], step: Step, device: torch.device):
-        self.max_grad_norm = step.max_grad_norm
+        self.max_grad_norm, self.device = step.max_grad_norm, device
         self.owners = [Owner(name, state) for name, state in states.items() if state is not None]
         for owner in self.owners:
             if isinstance(owner.state, nn.Module):
@@ -63,6 +65,18 @@ class Owners:
                     nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 owner.optimizer.step()
             owner.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """States and gradients of all owners are as before when the context ends."""
+        tensors, described = pack(self.state_dict())
+        grads = [(p, p.grad) for owner in self.owners for p in owner.parameters]
+        try:
+            yield
+        finally:
+            self.load_state_dict(unpack(tensors, described, self.device))
+            for p, grad in grads:
+                p.grad = grad
 
     def state_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = {}

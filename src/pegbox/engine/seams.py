@@ -14,7 +14,7 @@ What this file does not know: which objective, estimator or optimizer it carries
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -194,21 +194,33 @@ class Seams(TrainerLike):
         return batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        with self._first_step_counted():
+        if self.count_flops and self.state.global_step == 0:
+            loss = self._counted_step(model, inputs, num_items_in_batch)
+        else:
             loss = self._training_step(model, inputs, num_items_in_batch)
         self.step_loss = self.step_loss + loss
         return loss
 
-    @contextmanager
-    def _first_step_counted(self) -> Iterator[None]:
-        """Count the FLOPs of step 1, of whatever it does: references, several forwards, backward."""
-        if not self.count_flops or self.state.global_step > 0:
-            yield
-            return
-        with measuring_flops() as meter:
-            yield
-        self.first_step_flops += meter.total
-        self.flops_per_position = self.first_step_flops / max(1, self.step_positions)
+    def _counted_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        """A step's share of FLOPs, of whatever it does: references, several forwards, backward.
+
+        Counting makes torch take other paths, equal up to rounding. So plain back-propagation is counted on an extra
+        pass that leaves no trace; what an estimator or a host's trainer does can only be counted while it happens.
+        """
+        if self.owns_loss or not self.plain or self.sharding == "full":
+            with measuring_flops() as meter:
+                loss = self._training_step(model, inputs, num_items_in_batch)
+            self.first_step_flops += meter.total
+            self.flops_per_position = self.first_step_flops / max(1, self.step_positions)
+            return loss
+        if self.flops_per_position is None:
+            problem = StepProblem(self.micro_loss, [], self._totals, self.model)
+            with self.owners.untouched(), problem.untouched(), measuring_flops() as meter:
+                self.model.train()
+                self._summed(inputs).backward()
+            self._sums, self._outcomes = {}, []
+            self.flops_per_position = meter.total / max(1, _positions(inputs))
+        return self._training_step(model, inputs, num_items_in_batch)
 
     def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         if self.owns_loss:

@@ -186,8 +186,9 @@ class TrainSettings(BaseModel):
         given = [n for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None]
         if len(given) != 1:
             raise BadInput(f"Give exactly one of epochs, steps, tokens; got {', '.join(given) or 'none'}.")
-        if self.early_stopping is not None and self.eval_every is None:
-            raise BadInput("early_stopping needs evaluations: give eval_every.")
+        if self.eval_every is None and (self.early_stopping is not None or self.select == "best"):
+            what = "early_stopping" if self.early_stopping is not None else "select: best"
+            raise BadInput(f"{what} needs evaluations: give eval_every.")
         return self
 
     @property
