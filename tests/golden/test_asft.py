@@ -24,7 +24,7 @@ class Given:
     def __init__(self, logits, ref=None):
         self.model, self.rows, self.ref = torch.nn.Module(), logits, ref
         self.vocabulary = logits.shape[-1]
-        self.head_trains = False
+        self.head_parameters = []
 
     def hidden(self, batch):
         return self.rows

@@ -99,15 +99,15 @@ def walked(trains, chunk, n=37, v=19, d=6):
     h = torch.randn(n, d, generator=g, dtype=torch.float64).requires_grad_()
     w = torch.randn(v, d, generator=g, dtype=torch.float64).requires_grad_(trains)
     y = torch.randint(0, v, (n,), generator=g)
-    seen = []
+    seen, factors = [], torch.linspace(0, 1, n, dtype=torch.float64)
 
     def fold(rows, part):
         seen.append(len(rows))
         scores = score(rows @ w.T, y[part])
-        return scores.logp**2, scores.logp.detach()
+        return scores.logp**2 * factors[part], scores.logp.detach()
 
-    loss, logp = walk(h, fold, vocabulary=v, head_trains=trains, chunk=chunk)
-    (loss * torch.linspace(0, 1, n, dtype=torch.float64)).sum().backward()
+    loss, logp = walk(h, fold, vocabulary=v, parameters=[w], chunk=chunk)
+    (3 * loss).backward()
     return loss, logp, h.grad, w.grad, seen
 
 
@@ -125,7 +125,8 @@ def test_tiles_change_nothing(trains, chunk):
     assert max(tiled[4]) == min(chunk, 37)
 
 
-def test_a_frozen_head_is_applied_once_per_tile_and_leaves_nothing_of_width_v():
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_head_is_applied_once_per_tile_and_leaves_nothing_of_width_v(trains):
     saved = []
 
     def pack(t):
@@ -133,7 +134,7 @@ def test_a_frozen_head_is_applied_once_per_tile_and_leaves_nothing_of_width_v():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        *_, seen = walked(False, 5)
+        *_, seen = walked(trains, 5)
     assert sum(seen) == 37
     alive = [s for s in saved if len(s) == 2 and s[0] > 6]  # (6, 19) is the head itself
     assert all(s[-1] == 6 for s in alive), saved
@@ -143,7 +144,7 @@ def test_without_gradient_nothing_is_saved():
     saved = []
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         h, w, y = torch.randn(9, 4), torch.randn(8, 4), torch.zeros(9, dtype=torch.long)
-        (logp,) = walk(h, lambda rows, s: (score(rows @ w.T, y[s]).logp,), vocabulary=8, head_trains=True, chunk=2)
+        (logp,) = walk(h, lambda rows, s: (score(rows @ w.T, y[s]).logp,), vocabulary=8, parameters=[w], chunk=2)
     assert not saved
     assert not logp.requires_grad
 
@@ -153,7 +154,7 @@ def test_no_rows_still_connect_to_the_graph():
         h, w = torch.zeros(0, 4, requires_grad=True), torch.randn(8, 4, requires_grad=trains)
         y = torch.zeros(0, dtype=torch.long)
         fold = lambda rows, s, w=w, y=y: (score(rows @ w.T, y[s]).logp,)  # noqa: E731
-        (logp,) = walk(h, fold, vocabulary=8, head_trains=trains, chunk=2)
+        (logp,) = walk(h, fold, vocabulary=8, parameters=[w], chunk=2)
         logp.sum().backward()
         assert h.grad is not None
         assert not trains or torch.equal(w.grad, torch.zeros_like(w))
@@ -161,7 +162,8 @@ def test_no_rows_still_connect_to_the_graph():
 
 def test_tile_sizes():
     assert tile_rows(100) == 1024
-    assert tile_rows(49152) == 341
+    assert tile_rows(49152) == 85
+    assert tile_rows(49152, "cuda") == tile_rows(49152, trained=True) == 341
     assert tile_rows(10**6) == 64
 
 

@@ -21,7 +21,7 @@ from pegbox.parts.context import Context
 from pegbox.parts.tokens import score, walk
 from pegbox.parts.view import Batch, ModelView
 
-__all__ = ["Reference", "ReferenceDtype", "ReferenceRows", "evaluating", "head_trains", "reference_of"]
+__all__ = ["Reference", "ReferenceDtype", "ReferenceRows", "evaluating", "head_parameters", "reference_of"]
 
 ReferenceDtype = Literal["same", "bfloat16", "float16"]
 
@@ -39,9 +39,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def head_trains(view: ModelView) -> bool:
-    """Whether the view's head needs gradients; a view that doesn't say is taken to train."""
-    return bool(getattr(view, "head_trains", True))
+def head_parameters(view: ModelView) -> list[nn.Parameter] | None:
+    """The head's trained parameters; None where a view doesn't say."""
+    return getattr(view, "head_parameters", None)
 
 
 @dataclass
@@ -120,10 +120,9 @@ class Reference:
             vocabulary = int(getattr(view, "vocabulary", 1 << 15))
             return walk(
                 rows,
-                lambda tile, part: (score(ref.head(tile), wanted[part]).logp,),
+                lambda tile, part: (score(ref.head(tile), wanted[part]).logp,) * 2,
                 vocabulary=vocabulary,
-                head_trains=False,
-            )[0]
+            )[1]
 
     def _cached(self, sample: int, count: int) -> Tensor:
         assert self.cache is not None
@@ -156,7 +155,7 @@ def _head_is_tuned(view: ModelView) -> bool:
     """Whether the policy's head differs from the reference's: it trains, or an adapter sits on it."""
     head = getattr(view, "head_module", None)
     wrapped = head is not None and hasattr(head, "active_adapters")  # PEFT's layers and ModulesToSaveWrapper
-    return head_trains(view) or wrapped
+    return wrapped or head_parameters(view) != []
 
 
 def reference_of(ctx: Context, source: str = "base", dtype: ReferenceDtype = "same", cache: bool = False) -> Reference:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pegbox.errors import BadInput
 from pegbox.objectives.base import OBJECTIVE, Objective
-from pegbox.objectives.references import head_trains
+from pegbox.objectives.references import head_parameters
 from pegbox.objectives.terms import TERM, Term, TokenTerm, WeightTerm
 from pegbox.objectives.token_losses import TOKEN, Sft, TokenLoss
 from pegbox.parts.context import Context
@@ -48,9 +48,9 @@ class TokensState:
 
 @dataclass
 class PerToken:
-    """What the walk gives, (n,) each, valid tokens in row-major order. Only `loss` has a gradient."""
+    """What the walk gives: the summed loss, with its graph, and (n,) readings, valid tokens in row-major order."""
 
-    loss: Tensor
+    loss: Tensor  # scalar, the rows' weights included
     logp: Tensor
     terms: list[Tensor]
     ref_logp: Tensor | None
@@ -139,16 +139,18 @@ class Tokens(Objective):
         rows, wanted = hidden[valid], targets.to(hidden.device)[valid]
         terms = [(t, r) for t, r in zip(self.terms, ref or [None] * len(self.terms)) if _acts(t)]
 
-        def fold(tile: Tensor, part: slice) -> tuple[Tensor, ...]:
-            return self._fold(view.head(tile), wanted[part], terms, part)
+        weights = row_weights(batch, valid)
 
-        vocabulary = int(getattr(view, "vocabulary", 1 << 15))
-        trains = head_trains(view)
-        loss, logp, *rest = walk(rows, fold, vocabulary=vocabulary, head_trains=trains, chunk=self.chunk)
+        def fold(tile: Tensor, part: slice) -> tuple[Tensor, ...]:
+            loss, *readings = self._fold(view.head(tile), wanted[part], terms, part)
+            return loss if weights is None else loss * weights[part].to(loss), *readings
+
+        vocabulary, trained = int(getattr(view, "vocabulary", 1 << 15)), head_parameters(view)
+        loss, logp, *rest = walk(rows, fold, vocabulary=vocabulary, parameters=trained, chunk=self.chunk)
         values, ref_logp = rest[: len(terms)], rest[len(terms)] if len(rest) > len(terms) else None
         samples = 0 if batch.get("sample_ids") is None else len(batch["sample_ids"])
         sample = _sample_of(batch, valid) if samples else None
-        return PerToken(loss, logp, values, ref_logp, row_weights(batch, valid), sample, samples)
+        return PerToken(loss, logp, values, ref_logp, weights, sample, samples)
 
     def _fold(
         self, logits: Tensor, targets: Tensor, terms: list[tuple[TokenTerm, Any]], part: slice
@@ -173,7 +175,7 @@ class Tokens(Objective):
     def reduce(self, tokens: PerToken, totals: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The loss and its readings. Readings are means over micro-batches of what adds up to the step's value."""
         by = self.divisor(tokens, totals)
-        yield "tokens", _sum(tokens.loss, tokens.weights) / by
+        yield "tokens", tokens.loss / by
         by = by / totals["micro"].to(by)
         if self.token.kind != "sft" or tokens.terms:
             yield "_ce", -_sum(tokens.logp, tokens.weights) / by
@@ -188,7 +190,7 @@ class Tokens(Objective):
 
     def divisor(self, tokens: PerToken, totals: Mapping[str, Tensor]) -> Tensor:
         """What a sum over this micro-batch is divided by. A step without any valid token divides by 1 and warns."""
-        like, here = tokens.loss, tokens.loss.shape[0]
+        like, here = tokens.loss, tokens.logp.shape[0]
         if not float(totals["tokens"]):
             warnings.warn("No label of this step counts (all are -100): its loss is 0.", stacklevel=2)
         if self.normalize == "micro":

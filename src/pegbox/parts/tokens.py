@@ -8,34 +8,32 @@ z_i = head(h_i) for the valid positions only, p = softmax(z) of the policy, r th
 respect to a row of logits are closed forms: logp: onehot - p; forward KL: p - r; reverse KL: p (log p - log r - KL).
 Softmax is always computed in float32 or wider.
 
-A tile is a slice of the valid rows. Where the head is frozen, the gradient of a tile's loss with respect to its rows is
-taken in the forward pass (rows don't depend on each other, so the incoming gradient is a factor per row): nothing of
-width V outlives a tile and nothing is computed twice. Where the head trains, all rows go at once as long as they are
-few, and are recomputed tile by tile in the backward pass beyond that.
+A tile is a slice of the valid rows. The gradient of a tile's loss, with respect to its rows and to the head if that
+trains, is taken in the forward pass already and only scaled in the backward pass: nothing of width V outlives a tile,
+nothing is computed twice. A trained head adds a gradient of its size per tile, so few rows go through it all at once.
 
 What this file does not know: which loss is made of the scores, and how it is reduced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from pegbox.errors import BadInput
 
 __all__ = ["IGNORE", "Scores", "k3", "score", "shift", "tile_rows", "walk"]
 
 IGNORE = -100
-TILE = 1 << 24  # logits in one tile
+TILE = {"cpu": 1 << 22, "other": 1 << 24}  # logits in one tile: small ones stay in reused memory on a CPU
 AT_ONCE = 1 << 26  # logits that a trained head may make in one go
 
-# (rows of one tile (n, D), their slice) -> (loss per row (n,), further readings per row, without gradient)
+# (rows of one tile (n, D), their slice) -> (loss per row (n,), further readings per row without gradient)
 Fold = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
@@ -87,6 +85,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) sums of products along each row, without a temporary of their shape."""
+    return torch.einsum("nv,nv->n", a, b)
+
+
 class _Scores(torch.autograd.Function):
     """(logits, targets, reference logits or None, direction) -> logp, kl, mean_logp, ref_logp; closed forms."""
 
@@ -106,11 +109,12 @@ class _Scores(torch.autograd.Function):
         ref_logp = ref.gather(-1, index)[:, 0]
         if direction == "forward":
             r = ref.exp()
-            kl = (r * (ref - logprobs)).sum(-1)
+            kl = _dot(r, ref.sub_(logprobs))
             ctx.save_for_backward(logprobs, targets, r)
         else:
-            kl = (logprobs.exp() * (logprobs - ref)).sum(-1)
-            ctx.save_for_backward(logprobs, targets, ref, kl)
+            gap = ref.neg_().add_(logprobs)  # log p - log r
+            kl = _dot(logprobs.exp(), gap)
+            ctx.save_for_backward(logprobs, targets, gap, kl)
         ctx.mark_non_differentiable(ref_logp)
         return logp, kl, mean_logp, ref_logp
 
@@ -124,9 +128,8 @@ class _Scores(torch.autograd.Function):
         elif ctx.direction == "forward":
             grad = logprobs.exp().mul_(factor + g_kl[:, None]).addcmul_(rest[0], g_kl[:, None], value=-1)
         else:
-            ref, kl = rest
-            inner = (logprobs - ref).sub_(kl[:, None]).mul_(g_kl[:, None]).add_(factor)
-            grad = logprobs.exp().mul_(inner)
+            gap, kl = rest
+            grad = (gap - kl[:, None]).mul_(g_kl[:, None]).add_(factor).mul_(logprobs.exp())
         grad.scatter_add_(-1, targets[:, None], g_logp[:, None])
         if ctx.mean:
             grad += (g_mean / logprobs.shape[-1])[:, None]
@@ -183,60 +186,83 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 # ---- the walk -------------------------------------------------------------------------------------------------------
 
 
-def tile_rows(vocabulary: int) -> int:
-    """Rows of a tile: at most 1024, at least 64, about 64 MiB of float32 logits."""
-    return min(1024, max(64, TILE // vocabulary))
+def tile_rows(vocabulary: int, device: str = "cpu", trained: bool = False) -> int:
+    """Rows of a tile: at most 1024, at least 64, about 16 MiB of float32 logits on a CPU and 64 MiB elsewhere.
+
+    Tiles over a trained head are the larger ones everywhere, as each adds a gradient of the head's size.
+    """
+    return min(1024, max(64, TILE["cpu" if device == "cpu" and not trained else "other"] // vocabulary))
 
 
 def walk(
-    rows: Tensor, fold: Fold, *, vocabulary: int, head_trains: bool, chunk: int | None = None
+    rows: Tensor, fold: Fold, *, vocabulary: int, parameters: Sequence[Tensor] | None = (), chunk: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Apply `fold` to tiles of `rows` and join what it returns along the rows.
+    """Apply `fold` to tiles of `rows`, sum its losses, and join its readings along the rows.
 
     Args:
         rows: (N, D) head inputs of the valid positions.
-        fold: gives a tile's per-row loss (differentiable) and readings (detached). It must treat rows one by one.
+        fold: gives a tile's losses (differentiable) and readings (detached), one value per row, or no readings. It must
+            treat rows one by one.
         vocabulary: V, for the tile size.
-        head_trains: whether the head (or anything else that `fold` closes over) needs a gradient.
+        parameters: everything else that `fold` needs a gradient for, i.e. the head's trained parameters; None if they
+            are not known, then all rows go at once.
         chunk: rows of a tile; None chooses.
 
     Returns:
-        The losses (N,) with their graph, then the readings (N,).
+        The summed loss with its graph, then the readings (N,).
     """
-    size = chunk or tile_rows(vocabulary)
-    graph = torch.is_grad_enabled() and (rows.requires_grad or head_trains)
-    if rows.shape[0] <= size or (chunk is None and graph and head_trains and rows.shape[0] * vocabulary <= AT_ONCE):
-        return fold(rows, slice(0, rows.shape[0]))
+    trained = [p for p in parameters or () if p.requires_grad]
+    graph = torch.is_grad_enabled() and (rows.requires_grad or bool(trained) or parameters is None)
+    size = chunk or tile_rows(vocabulary, rows.device.type, bool(trained))
+    few = chunk is None and bool(trained) and rows.shape[0] * vocabulary <= AT_ONCE
+    if rows.shape[0] <= size or (graph and (few or parameters is None)):
+        loss, *readings = fold(rows, slice(0, rows.shape[0]))
+        return loss.sum(), *readings
     slices = [slice(i, min(i + size, rows.shape[0])) for i in range(0, rows.shape[0], size)]
-    if graph and not head_trains:
-        return _Tiles.apply(rows, fold, slices)
     if graph:
-        parts = [checkpoint(fold, rows[s], s, use_reentrant=False) for s in slices]
-    else:
-        parts = [fold(rows[s], s) for s in slices]
-    return tuple(torch.cat(column) for column in zip(*parts))
+        return _Tiles.apply(fold, slices, rows, *trained)
+    losses, *joined = (torch.cat(column) for column in zip(*(fold(rows[s], s) for s in slices)))
+    return losses.sum(), *joined
 
 
 class _Tiles(torch.autograd.Function):
-    """Tiles over a frozen head: the gradient per row is found in the forward pass and scaled in the backward pass."""
+    """The summed loss over tiles, with the gradient taken tile by tile in the forward pass; backward scales it."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, fold: Fold, slices: list[slice]) -> Any:
-        grads = torch.empty_like(rows)
-        parts = []
+    def forward(ctx: Any, fold: Fold, slices: list[slice], rows: Tensor, *parameters: Tensor) -> Any:
+        for_rows = torch.empty_like(rows) if ctx.needs_input_grad[2] else None
+        sums: list[Tensor | None] = [None] * len(parameters)
+        losses, readings = [], []
         for s in slices:
             with torch.enable_grad():
-                tile = rows[s].detach().requires_grad_()
-                loss, *readings = fold(tile, s)
-                (grads[s],) = torch.autograd.grad(loss.sum(), tile)
-            parts.append((loss.detach(), *readings))
-        ctx.save_for_backward(grads)
-        joined = tuple(torch.cat(column) for column in zip(*parts))
-        ctx.mark_non_differentiable(*joined[1:])
-        return joined
+                tile = rows[s].detach().requires_grad_(for_rows is not None)
+                loss, *read = fold(tile, s)
+                loss = loss.sum()
+                wanted = [*([tile] if for_rows is not None else []), *parameters]
+                grads = list(torch.autograd.grad(loss, wanted, allow_unused=True))
+            if for_rows is not None:
+                first = grads.pop(0)
+                for_rows[s] = 0 if first is None else first
+            sums = [_added(total, grad) for total, grad in zip(sums, grads)]
+            losses.append(loss.detach())
+            readings.append(read)
+        ctx.dtypes = [p.dtype for p in parameters]
+        ctx.save_for_backward(for_rows, *sums)
+        joined = tuple(torch.cat(column) for column in zip(*readings))
+        ctx.mark_non_differentiable(*joined)
+        return torch.stack(losses).sum(), *joined
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
-        (grads,) = ctx.saved_tensors
-        return (grads * grad_loss[:, None]).to(grads.dtype), None, None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
+        for_rows, *sums = ctx.saved_tensors
+        first = None if for_rows is None else for_rows * grad.to(for_rows.dtype)
+        rest = [None if t is None else (t * grad.to(t.dtype)).to(d) for t, d in zip(sums, ctx.dtypes)]
+        return (None, None, first, *rest)
+
+
+def _added(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """A running sum in float32 or wider."""
+    if grad is None:
+        return total
+    return _wide(grad) if total is None else total.add_(grad)

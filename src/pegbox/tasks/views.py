@@ -75,9 +75,9 @@ class CausalView:
         return get() if get is not None else None
 
     @property
-    def head_trains(self) -> bool:
-        """Whether a gradient for the head's own parameters is needed."""
-        return any(p.requires_grad for p in self.head_module.parameters())
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The head's own parameters that train."""
+        return [p for p in self.head_module.parameters() if p.requires_grad]
 
     @property
     def vocabulary(self) -> int:
@@ -201,11 +201,6 @@ class ClassificationView:
     def of(self, model: nn.Module) -> ClassificationView:
         """The same kind of view of another model."""
         return type(self)(model)
-
-    @property
-    def head_trains(self) -> bool:
-        """A classifier's last layer is new, so it always trains."""
-        return True
 
     @property
     def vocabulary(self) -> int:
