@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mkdocs_gen_files
 
-from pegbox.evidence import records, verdict_of
+from pegbox.evidence import verdict_of
 from pegbox.recipe import catalogue
 
 ROOT = Path(__file__).parents[2]
@@ -47,15 +47,6 @@ def systems() -> str:
     return "\n".join(lines) + "\n"
 
 
-def evidence() -> str:
-    lines = ["# Evidence", "", "What was measured of each system's claim, failures included.", ""]
-    for slug, found in records().items():
-        for record in found:
-            lines += [f"## {slug}: {record['verdict']}", "", f"**Claim.** {record['claim']}", ""]
-            lines += [f"**Measured.** {record['summary']}", "", f"```bash\n{record['command']}\n```", ""]
-    return "\n".join(lines)
-
-
 def decisions() -> str:
     lines = ["# Decisions", ""]
     for path in sorted((ROOT / "docs" / "decisions").glob("*.md")):
@@ -65,6 +56,5 @@ def decisions() -> str:
 
 
 write("systems.md", systems())
-write("evidence.md", evidence())
 write("decisions.md", decisions())
 write("api.md", "# API\n\n" + "\n".join(f"::: {name}\n" for name in API))

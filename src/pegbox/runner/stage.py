@@ -278,9 +278,9 @@ class StageJob:
     def _listeners(self) -> list[Any]:
         if not self.progress or not _main():
             return []
-        from pegbox.engine.display import Display
+        from pegbox.engine.display import ProgressDisplay
 
-        return [Display(title=self.recipe.title or self.name)]
+        return [ProgressDisplay(label=self.recipe.title or self.name)]
 
     # ---- the artefact
 
