@@ -102,7 +102,8 @@ class Hooks(TrainerCallback):
         self.tell(LogRecord(event="start", step=state.global_step, total_steps=state.max_steps))
         if self.trainer.pending_evaluation:  # the run was stopped inside it
             self.trainer._determine_best_metric(self.trainer.evaluate())
-        if self.trainer.pending_evaluation or self.trainer.out_of_patience():
+        done = state.global_step >= state.max_steps or self.trainer.out_of_patience()
+        if done or self.trainer.pending_evaluation:
             raise Interrupted
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:

@@ -226,30 +226,30 @@ class _Stage:
         fields.setdefault("ddp_broadcast_buffers", False)
         if not self.own_data:
             fields |= self._host_fields()
-        arguments = arguments_class(host)(
-            output_dir=str(self.out / "checkpoints"),
-            learning_rate=self.step.lr,
-            max_grad_norm=self.step.max_grad_norm,
-            use_cpu=settings.device == "cpu",
-            seed=settings.seed % 2**32,
-            report_to=list(settings.tracker),
-            disable_tqdm=True,
-            save_strategy="no",
-            eval_strategy="no",
-            logging_strategy="no",
-            logging_nan_inf_filter=False,
-            remove_unused_columns=False,
-            ignore_data_skip=self.own_data,
-            **fields,
-        )
+        extra = {} if self.own_data else self._host_inputs()
+        with _as_bad_input(f"the trainer of objective '{self.objective.kind}'"):
+            arguments = arguments_class(host)(
+                output_dir=str(self.out / "checkpoints"),
+                learning_rate=self.step.lr,
+                max_grad_norm=self.step.max_grad_norm,
+                use_cpu=settings.device == "cpu",
+                seed=settings.seed % 2**32,
+                report_to=list(settings.tracker),
+                disable_tqdm=True,
+                save_strategy="no",
+                eval_strategy="no",
+                logging_strategy="no",
+                logging_nan_inf_filter=False,
+                remove_unused_columns=False,
+                ignore_data_skip=self.own_data,
+                **fields,
+            )
         if settings.device == "cuda" and arguments.device.type != "cuda":
             raise BadInput(
                 "device 'cuda' was asked for and no GPU is visible. Use --device cpu, or see `pegbox doctor`."
             )
-        extra = {} if self.own_data else self._host_inputs()
-        make = trainer_class(host)
-        with _no_progress_bars():
-            return self._make(make, arguments, extra)
+        with _no_progress_bars(), _as_bad_input(f"the trainer of objective '{self.objective.kind}'"):
+            return self._make(trainer_class(host), arguments, extra)
 
     def _make(self, make: Any, arguments: Any, extra: dict[str, Any]) -> Any:
         settings = self.settings
@@ -426,6 +426,15 @@ class _Stage:
             seconds=self.hooks.clock.seconds,
             machine=machine(),
         )
+
+
+@contextmanager
+def _as_bad_input(what: str) -> Iterator[None]:
+    """transformers and TRL refuse combinations of arguments with ValueErrors that say what is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"{what} refuses these settings: {error}") from error
 
 
 @contextmanager
