@@ -67,8 +67,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._options: dict[str, dict[str, str]] = {}  # adapter -> execution, gradient, coordinates
         self._moves: dict[str, int] = {}  # adapter -> how often its index set has changed
-        self.in_place = InPlace()
-        self._patterns: dict[Any, Tensor] = {}
+        self._start_anew()
         self._merged: list[tuple[str, list[Tensor], list[Tensor]]] = []  # (tensor, positions, entries before)
         self.register_state_dict_pre_hook(_revert_before_state_dict)
         self.register_load_state_dict_pre_hook(_revert_before_load)
@@ -312,6 +311,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     # ---- what is written into the base weight
 
+    def _start_anew(self) -> None:
+        """Nothing is written. The weight of now is home: one that is there in a forward later was gathered."""
+        self.in_place = InPlace()
+        self.in_place.settle(getattr(self.base_layer, "weight", None))
+        self._patterns: dict[Any, Tensor] = {}
+
     def _stamp(self) -> tuple[Any, ...] | None:
         """What the base weight should hold: None for the pretrained weight."""
         if self.merged:
@@ -474,16 +479,17 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 held = self._of(tensor, "left_values")[adapter]
                 if held.dtype != values.dtype:
                     self._of(tensor, "left_values")[adapter] = values.to(held.device)
-        self.in_place, self._patterns = InPlace(), {}
+        self._start_anew()
         self.attach_infos()
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         self.revert()
-        return {**self.__dict__, "in_place": InPlace(), "_patterns": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("in_place", "_patterns")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._start_anew()
         self.attach_infos()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -8,6 +8,7 @@ autograd functions; which weight holds at which moment is the caller's business 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -40,7 +41,9 @@ def csr_pattern(index: Tensor, shape: tuple[int, int], values: Tensor) -> Tensor
     small = rows < 2**31 and index.numel() < 2**31
     dtype = torch.int32 if small else torch.int64
     crow = torch.searchsorted(wide, starts).to(dtype)
-    return torch.sparse_csr_tensor(crow, (wide % columns).to(dtype), values, size=shape, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(crow, (wide % columns).to(dtype), values, size=shape, check_invariants=False)
 
 
 def sampled_product(pattern: Tensor, a: Tensor, b: Tensor) -> Tensor:
