@@ -178,8 +178,8 @@ def difference(
 def pooled(name: str, measured: Sequence[Measurement], *, samples: int = 4000, seed: int = 0) -> Score:
     """A score over seeds: the mean over seeds and rows with its two-level interval.
 
-    Without the rows behind it (no examples, or a score that is no mean over rows) it is the mean over the seeds, without
-    an interval.
+    Without the rows behind it (no examples, or a score that is no mean over rows) it is the mean over the seeds, and
+    has no interval.
     """
     score = measured[0].scores[name]
     base, _, group = name.partition("/")

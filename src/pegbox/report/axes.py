@@ -60,4 +60,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
     whole = [10.0**k for k in range(first, last + 1)]
     if len(whole) >= 3:
         return whole
-    return [m * 10.0**k for k in range(first - 1, last + 1) for m in (1, 2, 5) if low <= m * 10.0**k <= high]
+    for marks in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [m * 10.0**k for k in range(first - 1, last + 1) for m in marks if low <= m * 10.0**k <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks

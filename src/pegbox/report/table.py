@@ -128,8 +128,8 @@ def _cost_cell(e: Entry, key: str) -> Cell:
 def _rate_cell(e: Entry) -> Cell:
     if e.rate is None or e.rate.value is None:
         return Cell("–", "", None, "quiet")
-    note = f"best of {len(e.rate.trials)}" if e.rate.trials else "published"
-    return Cell(words.rate_text(e.rate.value), note + (", at the edge" if e.rate.at_edge else ""), e.rate.value)
+    note = f"{len(e.rate.trials)} tried" if e.rate.trials else "published"
+    return Cell(words.rate_text(e.rate.value), note + (", edge" if e.rate.at_edge else ""), e.rate.value)
 
 
 def group_table(c: Comparison) -> Table | None:

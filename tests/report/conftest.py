@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from pegbox.parts.results import Cost, Example, Measurement, Score
 from pegbox.report import Comparison, Curve, Entry, Rate, Trial, changes, pooled_scores, samples, verdicts
@@ -132,3 +133,8 @@ def comparison() -> Comparison:
         versions={"pegbox": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0"},
         machine="2 x AMD EPYC",
     )
+
+
+@pytest.fixture(scope="session")
+def made() -> Comparison:
+    return comparison()
