@@ -297,3 +297,44 @@ def test_what_a_preparation_took_out_is_not_forgotten(llama):
     set_initial(llama, {"model.layers.0.mlp.up_proj": (torch.zeros(2, 32), torch.zeros(64, 2))})
     with pytest.raises(Unsupported, match="use tuner 'lora'"):
         Full().attach(llama, None, Context(llama))
+
+
+def adam_steps(model, count, make=torch.optim.Adam):
+    stepper = make([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(count):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+
+
+def test_all_entries_are_full_tuning_bit_for_bit():
+    every, whole = tiny_llama(), tiny_llama()
+    chosen = {n: Entries(torch.arange(p.numel(), dtype=torch.int32)) for n, p in every.named_parameters()}
+    Full().attach(every, Allocation(chosen), Context(every))
+    Full().attach(whole, None, Context(whole))
+    for model in (every, whole):
+        adam_steps(model, 3, lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.1))
+    assert all(torch.equal(p, whole.get_parameter(n)) for n, p in every.named_parameters())
+
+
+def test_masked_weights_and_a_vector_of_values_go_the_same_way():
+    """The two ways to train a fixed mask: inside the dense tensor, and as k numbers beside a frozen base."""
+    generator = torch.Generator().manual_seed(0)
+    names = [UP, DOWN, Q]
+    masked, vector = tiny_llama().double(), tiny_llama().double()
+    chosen = Allocation(
+        {
+            n: Entries(torch.randperm(masked.get_parameter(n).numel(), generator=generator)[:50].sort().values.int())
+            for n in names
+        }
+    )
+    Full().attach(masked, chosen, Context(masked))
+    sparse = TUNER.validate({"kind": "sparse", "coordinates": "delta"})
+    wrapped = sparse.attach(vector, chosen, Context(vector))
+    adam_steps(masked, 20)
+    adam_steps(wrapped, 20)
+    settled = wrapped.merge_and_unload()
+    for n in names:
+        difference = (settled.get_parameter(n) - masked.get_parameter(n)).abs().max()
+        assert difference < 1e-6, n
+        assert (masked.get_parameter(n) != tiny_llama().double().get_parameter(n)).sum() == 50
