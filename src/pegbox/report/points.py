@@ -108,7 +108,7 @@ def _forgetting(c: Comparison, suite: str, name: str) -> Points:
         kept, kept_range = _in_unit(told, *_kind(c, suite, name))
         found.append(Point(e.name, index, kept, gain[0], kept_range, gain[1]))
     logs = any(e.changes.get(suite, {}).get(name, _NONE).log for e in c.entries)
-    label = f"{words.score_label(name)}: " + ("change in %, right is better" if logs else "change in points")
+    label = f"{words.score_label(name)}: " + ("fall in % (negative: it rose)" if logs else "change in points")
     title = f"Gained against kept: {words.score_label(name).lower()}"
     return Points(f"gain-{name}", title, label, _gain_label(c), found, True, True, False, "up and right is better")
 

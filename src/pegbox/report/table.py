@@ -241,6 +241,7 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "–": "--",
+    "−": "$-$",
     "→": r"$\rightarrow$",
     "∞": r"$\infty$",
 }

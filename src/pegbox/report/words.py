@@ -77,8 +77,10 @@ def change_text(told: Told | None, score: Score | None) -> str:
 
 def _difference(value: float, told: Told, score: Score) -> str:
     if told.log:
-        return f"{100 * math.expm1(value):+.1f} %"
-    return f"{100 * value:+.1f}" if in_points(score) else f"{value:+.3g}"
+        text = f"{100 * math.expm1(value):+.1f} %"
+    else:
+        text = f"{100 * value:+.1f}" if in_points(score) else f"{value:+.3g}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
 def _bounds(told: Told, score: Score) -> str:
