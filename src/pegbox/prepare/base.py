@@ -24,6 +24,7 @@ class Preparation(Component):
     needs_batches: ClassVar[bool] = False  # calibration batches
     needs_floating_base: ClassVar[bool] = True
     packs_base: ClassVar[bool] = False  # afterwards the weights are no longer floating
+    leaves_factors: ClassVar[bool] = False  # takes low-rank factors out of the weights, for the tuner to take up
     keeps_function: ClassVar[bool] = True  # the model computes the same before training, up to rounding
 
     def load_kwargs(self) -> dict[str, Any]:
@@ -33,6 +34,9 @@ class Preparation(Component):
     def apply(self, model: nn.Module, batches: Callable[[], Iterable[Batch]], ctx: Context) -> dict[str, Any]:
         """Rewrite `model` in place; returns what `replay` needs (tensors and plain values)."""
         return {}
+
+    def finish(self, model: nn.Module, record: dict[str, Any]) -> None:
+        """Called after training, before anything is saved: takes out of `model` what was there for training only."""
 
     def save(self, record: dict[str, Any], folder: Path) -> None:
         """Write the record (safetensors and JSON) into the existing empty `folder`."""
