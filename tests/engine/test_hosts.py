@@ -67,6 +67,8 @@ def test_grpo_trains_on_a_checkers_reward_and_resumes(tmp_path):
 def test_grpo_without_a_reward_and_with_a_zeroth_order_step_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"'grpo' refuses these settings: .*divisible by num_generations"):
         hosted(tmp_path, "grpo", prompts(), rewards=[checker])
+    with pytest.raises(BadInput, match="no multiple of 3 rows"):
+        hosted(tmp_path, "grpo", prompts(), rewards=[checker], micro_batch=3)
     with pytest.raises(BadInput, match="needs a reward"):
         hosted(tmp_path, "grpo", prompts())
     with pytest.raises(Unsupported, match="has none"):

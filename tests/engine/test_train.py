@@ -323,6 +323,13 @@ def test_the_first_loss_that_is_not_finite_ends_the_run_before_the_weights_chang
         assert good.name == f"checkpoint-{step - 1}"
 
 
+def test_a_value_that_is_not_finite_ends_a_zeroth_order_run_with_step_and_rows(tmp_path):
+    net = model()
+    with pytest.raises(RunFailed, match=r"Step \d+: the loss is nan.*row0007"):
+        stage(tmp_path, net=net, steps=20, policies=[Spoiled()], step=OPTIM.validate({"kind": "mezo", "lr": 1e-4}))
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
+
+
 def test_zeroth_order_needs_a_value(tmp_path):
     with pytest.raises(Unsupported, match="has none"):
         stage(tmp_path, objective=OBJECTIVE.validate({"kind": "grpo"}), step=OPTIM.validate("mezo"))
@@ -592,6 +599,11 @@ def test_an_estimator_that_applied_its_update_or_skips_leaves_the_optimizer_stil
     outcome, _ = stage(tmp_path, net=net, step=Probing(mode=mode), steps=2)
     assert equal(before, weights(net))
     assert outcome.steps == 2
+
+
+def test_policies_are_told_the_outcomes_of_an_estimators_first_forwards(tmp_path):
+    outcome, _ = stage(tmp_path, steps=2, objective=PerSample(), policies=[Watcher()], step=Probing(), batch=2)
+    assert outcome.states["data.0"]["ids"] == [19, 18, 17, 16]
 
 
 def test_an_estimator_and_plain_back_propagation_take_the_same_steps(tmp_path):

@@ -15,18 +15,48 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from pegbox.errors import BadInput
 from pegbox.parts.context import seed_of
 
-__all__ = ["RowStream", "StepBatches", "length_of", "steps_for_tokens", "train_loader"]
+__all__ = [
+    "RowStream",
+    "StepBatches",
+    "length_of",
+    "lengths_of",
+    "positions_of",
+    "steps_for_tokens",
+    "tokens_of",
+    "train_loader",
+]
 
 
 def length_of(example: Any) -> int:
     """Input positions of one encoded example (1 for one that has no token ids)."""
     ids = example.get("input_ids") if hasattr(example, "get") else None
     return len(ids) if ids is not None else 1
+
+
+def tokens_of(batch: Any) -> int:
+    """Input tokens of a batch, padding left out."""
+    if not hasattr(batch, "get"):
+        return 0
+    owner = batch.get("sequence_ids")  # packed rows have no mask; padding belongs to nobody
+    if isinstance(owner, Tensor):
+        return int((owner >= 0).sum())
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return int((mask != 0).sum())
+    ids = batch.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def positions_of(batch: Any) -> int:
+    """Input positions of a batch, padding included (rows where there are none)."""
+    ids = batch.get("input_ids") if hasattr(batch, "get") else None
+    return ids.numel() if isinstance(ids, Tensor) else 0
 
 
 class RowStream:
@@ -106,12 +136,18 @@ class StepBatches(Sampler[list[int]]):
             yield from (step[i : i + self.micro] for i in range(0, share, self.micro))
 
 
-def steps_for_tokens(stream: RowStream, lengths: Sequence[int], batch: int, tokens: int) -> int:
+def lengths_of(examples: Any) -> list[int]:
+    """Input positions of every example; a set that knows them is asked."""
+    known = getattr(examples, "lengths", None)
+    return [int(n) for n in known] if known is not None else [length_of(examples[i]) for i in range(len(examples))]
+
+
+def steps_for_tokens(stream: RowStream, lengths: Sequence[int], batch: int, tokens: int, exact: bool = True) -> int:
     """The number of steps after which at least `tokens` input tokens have been seen.
 
-    Exact for the engine's own order; with a policy's sampler, whose order may depend on training, by mean length.
+    Exact for the engine's own order; by mean length for a policy's, which may depend on how training goes.
     """
-    if stream.sampler is not None:
+    if not exact:
         mean = sum(lengths) / len(lengths)
         return max(1, math.ceil(tokens / (mean * batch)))
     whole = math.lcm(stream.rows, batch)  # after so many rows an epoch and a step end together

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -71,7 +71,6 @@ class Hooks(TrainerCallback):
         schedules: see `Schedule`.
         listeners: see `Listener`.
         stop: the request to stop.
-        row_names: names rows by the batch's `sample_ids`, for error messages.
         rows_per_epoch: the training set's size.
     """
 
@@ -81,11 +80,10 @@ class Hooks(TrainerCallback):
         schedules: Sequence[Schedule],
         listeners: Sequence[Listener],
         stop: StopRequest,
-        row_names: Callable[[Sequence[int]], Sequence[str]],
         rows_per_epoch: int,
     ):
         self.trainer, self.schedules, self.listeners, self.stop = trainer, list(schedules), list(listeners), stop
-        self.row_names, self.rows_per_epoch = row_names, rows_per_epoch
+        self.rows_per_epoch = rows_per_epoch
         self.clock = Clock()
         self.history: list[LogRecord] = []
 
@@ -144,19 +142,7 @@ class Hooks(TrainerCallback):
         loss, norm = float(self.trainer.step_loss), self.trainer.grad_norm
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        raise RunFailed(self._non_finite(state.global_step + 1, loss, norm))
-
-    def _non_finite(self, step: int, loss: float, norm: float) -> str:
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm} (loss {loss:.4g})"
-        ids = [int(i) for b in self.trainer._batches for i in b.get("sample_ids", [])]
-        rows = f" Rows of this step: {', '.join(self.row_names(ids))}." if ids else ""
-        store = self.trainer.store
-        good = next((s for s in store.steps() if store.fault(s) is None), None)
-        kept = f" The checkpoint of step {good} is kept." if good else ""
-        return (
-            f"Step {step}: the {what}; the weights were not changed.{rows}{kept} Lower optim.lr, raise optim.warmup, "
-            "set optim.max_grad_norm, or look at these rows."
-        )
+        raise RunFailed(self.trainer.describe_non_finite(loss, norm))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         settings, step = self.trainer.train_settings, state.global_step

@@ -10,17 +10,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pegbox.engine.distributed import gather_rows, rank, world
+from pegbox.engine.distributed import agree, gather_rows, rank, sum_over_ranks, world
 from pegbox.engine.host_type import TrainerLike
 from pegbox.engine.packing import restore_random, take_random
+from pegbox.engine.problem import total_counts
 from pegbox.engine.settings import TrainSettings
 from pegbox.engine.signals import Interrupted, StopRequest
-from pegbox.errors import BadInput, did_you_mean
+from pegbox.errors import BadInput, RunFailed, did_you_mean
+from pegbox.parts.view import Batch
 
 __all__ = ["Evaluating", "Evaluator", "eval_batches"]
 
@@ -102,6 +105,36 @@ class Evaluating(TrainerLike):
             lambda: eval_batches(dataset, self.data_collator, size, split=split), self.stop_request.check, split
         )
 
+    def evaluate_objective(
+        self, batches: Callable[[], Iterator[Any]], check: Callable[[], None], split: bool = True
+    ) -> float | None:
+        """The objective's value over a whole evaluation set: one pass that counts, one that adds up.
+
+        Args:
+            batches: gives the collated evaluation batches of this process, anew at each call.
+            check: called after each batch (raises to stop); the processes stay in step.
+            split: whether the processes hold different batches, or all of them the same.
+        """
+        if self.owns_loss or self.objective is None or not self.objective.has_value:
+            return None
+        self.model.eval()
+        shares = 1 if split else world()
+        prepared = (self.through_policies(self._prepare_inputs(b), training=False) for b in batches())
+        totals = {n: t.to(self.args.device) / shares for n, t in total_counts(self.objective, prepared).items()}
+        total = torch.zeros((), dtype=torch.float64)
+        for raw in _aligned(batches()):
+            if raw is not None:
+                batch = self.through_policies(self._prepare_inputs(raw), training=False)
+                total = total + self.run_job(partial(self._value, batch, totals)).double().cpu()
+            check()
+        return float(sum_over_ranks(total) / shares)
+
+    def _value(self, batch: Batch, totals: dict[str, Tensor]) -> Tensor:
+        value = self.micro_loss.value(batch, totals, self.micro_loss.reference(batch))
+        if value is None:
+            raise RunFailed(f"Objective '{self.objective.kind}' says it has a value and gave none.")
+        return value
+
     def _host_loss(self, dataset: Any) -> float | None:
         log, self.log = self.log, lambda *_, **__: None  # its record would come without our fields
         try:
@@ -139,3 +172,12 @@ class Evaluating(TrainerLike):
         """True if `early_stopping` evaluations in a row were no better than the best."""
         patience = self.train_settings.early_stopping if self.train_settings is not None else None
         return patience is not None and self.since_best >= patience
+
+
+def _aligned(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, then None for as long as another process still has some (so that collective calls match)."""
+    while True:
+        batch = next(batches, None)
+        if not agree(batch is not None):
+            return
+        yield batch

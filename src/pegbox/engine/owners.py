@@ -103,7 +103,8 @@ def _optimizer_of(owner: Owner, step: Step) -> torch.optim.Optimizer:
     make = getattr(owner.state, "make_optimizer", None)
     if make is not None:
         return make()
-    group = {"params": owner.parameters, "lr": getattr(owner.state, "lr", step.lr), "weight_decay": 0.0}
+    named = [(n, p) for n, p in owner.state.named_parameters() if p.requires_grad]
+    group = {"params": named, "lr": getattr(owner.state, "lr", step.lr), "weight_decay": 0.0}
     if step.needs_backward:
         return step.optimizer([group])
     return torch.optim.AdamW([group])

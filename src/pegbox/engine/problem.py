@@ -27,7 +27,7 @@ from pegbox.objectives.base import Objective
 from pegbox.parts.context import Context
 from pegbox.parts.view import Batch, ModelView
 
-__all__ = ["MicroLoss", "StepProblem", "named_trained", "total_counts"]
+__all__ = ["MicroLoss", "NonFinite", "StepProblem", "named_trained", "total_counts"]
 
 
 def named_trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,6 +46,14 @@ def total_counts(objective: Objective, batches: Iterable[Batch]) -> dict[str, Te
         flat = sum_over_ranks(torch.stack([totals[n] for n in totals]))
         totals = dict(zip(totals, flat.unbind()))
     return totals
+
+
+class NonFinite(RunFailed):
+    """The step's loss is not finite; whoever runs the step knows which it is and adds its rows."""
+
+    def __init__(self, value: float):
+        super().__init__(f"The loss is {value}. Lower the learning rate or the perturbation, or look at the rows.")
+        self.value = value
 
 
 class MicroLoss:
@@ -107,7 +115,7 @@ class StepProblem:
         self.micro = len(batches)
         self.params = named_trained(model)
         self.refs = [run(partial(micro_loss.reference, batch)) for batch in batches]
-        self.readings: dict[str, list[Tensor]] = {}
+        self.readings: dict[int, dict[str, Tensor]] = {}  # by micro-batch, of its first forward
         self._random: dict[int, dict[str, Any]] = {}
 
     @contextmanager
@@ -127,7 +135,7 @@ class StepProblem:
     def losses(self, i: int) -> Iterator[tuple[str, Tensor]]:
         with self._same_random(i):
             for name, loss in self.loss.losses(self.batches[i], self.totals, self.refs[i]):
-                self.readings.setdefault(name, []).append(loss.detach())
+                self.readings.setdefault(i, {}).setdefault(name, loss.detach())
                 yield name, loss
 
     def value(self) -> float:
@@ -140,7 +148,7 @@ class StepProblem:
             total = total + part.detach().double().cpu()
         value = float(sum_over_ranks(total))
         if not math.isfinite(value):
-            raise RunFailed(f"The loss is {value}. Lower the learning rate or the perturbation; look at these rows.")
+            raise NonFinite(value)
         return value
 
     def backward(self, loss: Tensor, into: Sequence[Tensor] | None = None, retain: bool = False) -> None:

@@ -13,9 +13,9 @@ What this file does not know: which objective, estimator or optimizer it carries
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from pegbox.data.base import DataPolicy
-from pegbox.engine.distributed import Whole, agree, full, gather_rows, mean_over_ranks, sum_over_ranks, world
+from pegbox.engine.batches import positions_of, tokens_of
+from pegbox.engine.distributed import Whole, full, gather_rows, mean_over_ranks, sum_over_ranks, world
 from pegbox.engine.host_type import TrainerLike
 from pegbox.engine.owners import Owners
-from pegbox.engine.problem import MicroLoss, StepProblem, named_trained, total_counts
+from pegbox.engine.problem import MicroLoss, NonFinite, StepProblem, named_trained, total_counts
 from pegbox.errors import RunFailed, Unsupported
 from pegbox.objectives.base import Objective
 from pegbox.optim.base import Step, StepLog
@@ -89,7 +90,6 @@ class Seams(TrainerLike):
         self._batches: list[Batch] = []
         self._totals: dict[str, Tensor] = {}
         self._log = StepLog(loss=0.0)
-        self.readings: dict[str, float] = {}
         self.step_tokens = self.step_positions = self.first_step_flops = 0
         self.count_flops = False
         self.flops_per_position: float | None = None
@@ -98,6 +98,7 @@ class Seams(TrainerLike):
         self.tokens_seen = self.positions_seen = 0
         self._problem: StepProblem | None = None
         self._whole: nn.Module | None = None
+        self.row_names: Callable[[Sequence[int]], Sequence[str]] = lambda ids: [str(i) for i in ids]
         if not self.owns_loss:
             self.loss_is_scaled_for_ga = True  # losses are divided by totals over the whole step
             made = view(self.model) if callable(view) and not isinstance(view, ModelView) else view
@@ -162,7 +163,7 @@ class Seams(TrainerLike):
         if self.sharding == "full":
             self._whole = self.shell  # sharded before the optimizer was made
         elif self.plain:
-            self._whole = self.accelerator.prepare_model(Whole(model))
+            self._whole = self.accelerator.prepare_model(Whole(model), device_placement=False)  # it is placed
         else:
             self._whole = Whole(model)
         return self._whole
@@ -175,19 +176,19 @@ class Seams(TrainerLike):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.step_tokens = sum(_tokens(b) for b in batches)
-        self.step_positions = sum(_positions(b) for b in batches)
+        self.step_tokens = sum(tokens_of(b) for b in batches)
+        self.step_positions = sum(positions_of(b) for b in batches)
         self.step_loss = torch.zeros((), device=device)
         if self.owns_loss:
             return batches, items
-        self._batches = [self._through_policies(self._prepare_inputs(b)) for b in batches]
+        self._batches = [self.through_policies(self._prepare_inputs(b)) for b in batches]
         self._totals = {n: t.to(device) for n, t in total_counts(self.objective, self._batches).items()}
         self._log = StepLog(loss=0.0)
         self._sums: dict[str, Tensor] = {}
         self._outcomes: list[tuple[Tensor, dict[str, Tensor]]] = []
         return self._batches, items
 
-    def _through_policies(self, batch: Batch, training: bool = True) -> Batch:
+    def through_policies(self, batch: Batch, training: bool = True) -> Batch:
         for i, policy in enumerate(self.policies):
             if training or not policy.training_only:
                 batch = policy.on_batch(self.states[f"data.{i}"], batch, self.ctx)
@@ -219,7 +220,7 @@ class Seams(TrainerLike):
                 self.model.train()
                 self._summed(inputs).backward()
             self._sums, self._outcomes = {}, []
-            self.flops_per_position = meter.total / max(1, _positions(inputs))
+            self.flops_per_position = meter.total / max(1, positions_of(inputs))
         return self._training_step(model, inputs, num_items_in_batch)
 
     def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
@@ -272,10 +273,11 @@ class Seams(TrainerLike):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         problem = StepProblem(self.micro_loss, self._batches, self._totals, self.model, optimizer, self.run_job)
         self._problem = problem
-        self._log = self.step_component.estimate(self.states["step"], problem)
-        for name, values in problem.readings.items():
-            for value in values[: problem.micro]:
-                self._read(name, value, {})
+        try:
+            self._log = self.step_component.estimate(self.states["step"], problem)
+        except NonFinite as error:
+            raise RunFailed(self.describe_non_finite(error.value, 0.0)) from error
+        self._read_first_pass(problem)
         if self._log.applied or self._log.skip:
             for p in problem.params.values():
                 p.grad = None  # the trainer's optimizer then has nothing to do
@@ -284,6 +286,27 @@ class Seams(TrainerLike):
                 if p.grad is not None:
                     p.grad = mean_over_ranks(p.grad)
         return torch.as_tensor(self._log.loss, device=self.args.device).detach().float()
+
+    def _read_first_pass(self, problem: StepProblem) -> None:
+        """Named losses and readings of each micro-batch's first forward; an estimator may run more."""
+        for i, readings in sorted(problem.readings.items()):
+            outcomes: dict[str, Tensor] = {}
+            for name, value in readings.items():
+                self._read(name, value, outcomes)
+            if outcomes and "sample_ids" in self._batches[i]:
+                self._outcomes.append((self._batches[i]["sample_ids"], outcomes))
+
+    def describe_non_finite(self, loss: float, norm: float) -> str:
+        """What to tell of a step whose loss or gradient is not finite: the step, its rows, what is kept."""
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm} (loss {loss:.4g})"
+        ids = [int(i) for b in self._batches for i in b.get("sample_ids", [])]
+        rows = f" Rows of this step: {', '.join(self.row_names(ids))}." if ids else ""
+        good = next((s for s in self.store.steps() if self.store.fault(s) is None), None)
+        kept = f" The checkpoint of step {good} is kept." if good else ""
+        return (
+            f"Step {self.state.global_step + 1}: the {what}; the weights were not changed.{rows}{kept} Lower optim.lr, "
+            "raise optim.warmup, set optim.max_grad_norm, or look at these rows."
+        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping, also where parameters are sharded; kept for the guard against NaN."""
@@ -347,36 +370,6 @@ class Seams(TrainerLike):
         loss = sum(value for name, value in parts if not name.startswith("_"))
         return (loss, None) if return_outputs else loss
 
-    def evaluate_objective(
-        self, batches: Callable[[], Iterator[Any]], check: Callable[[], None], split: bool = True
-    ) -> float | None:
-        """The objective's value over a whole evaluation set: one pass that counts, one that adds up.
-
-        Args:
-            batches: gives the collated evaluation batches of this process, anew at each call.
-            check: called after each batch (raises to stop); the processes stay in step.
-            split: whether the processes hold different batches, or all of them the same.
-        """
-        if self.owns_loss or self.objective is None or not self.objective.has_value:
-            return None
-        self.model.eval()
-        shares = 1 if split else world()
-        prepared = (self._through_policies(self._prepare_inputs(b), training=False) for b in batches())
-        totals = {n: t.to(self.args.device) / shares for n, t in total_counts(self.objective, prepared).items()}
-        total = torch.zeros((), dtype=torch.float64)
-        for raw in _aligned(batches()):
-            if raw is not None:
-                batch = self._through_policies(self._prepare_inputs(raw), training=False)
-                total = total + self.run_job(partial(self._value, batch, totals)).double().cpu()
-            check()
-        return float(sum_over_ranks(total) / shares)
-
-    def _value(self, batch: Batch, totals: dict[str, Tensor]) -> Tensor:
-        value = self.micro_loss.value(batch, totals, self.micro_loss.reference(batch))
-        if value is None:
-            raise RunFailed(f"Objective '{self.objective.kind}' says it has a value and gave none.")
-        return value
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # counted in parts/cost.py; the trainer's count walks all parameters at every micro-batch
 
@@ -389,32 +382,3 @@ class _AfterStep(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.after_optimizer_step()
-
-
-def _tokens(batch: Any) -> int:
-    """Input tokens of a batch, padding left out."""
-    if not hasattr(batch, "get"):
-        return 0
-    owner = batch.get("sequence_ids")  # packed rows have no mask; padding belongs to nobody
-    if isinstance(owner, Tensor):
-        return int((owner >= 0).sum())
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor):
-        return int((mask != 0).sum())
-    ids = batch.get("input_ids")
-    return ids.numel() if isinstance(ids, Tensor) else 0
-
-
-def _positions(batch: Any) -> int:
-    """Input positions of a batch, padding included (rows where there are none)."""
-    ids = batch.get("input_ids") if hasattr(batch, "get") else None
-    return ids.numel() if isinstance(ids, Tensor) else 0
-
-
-def _aligned(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches, then None for as long as another process still has some (so that collective calls match)."""
-    while True:
-        batch = next(batches, None)
-        if not agree(batch is not None):
-            return
-        yield batch

@@ -8,8 +8,7 @@ Linear on purpose: what is checked, what is built, what runs, what is left. It k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 from torch import nn
 
 from pegbox.data.base import DataPolicy
-from pegbox.engine.batches import RowStream, StepBatches, length_of, steps_for_tokens, train_loader
+from pegbox.engine.arguments import as_bad_input, enable_checkpointing, host_arguments, host_inputs, no_progress_bars
+from pegbox.engine.batches import RowStream, StepBatches, lengths_of, steps_for_tokens, train_loader
 from pegbox.engine.callbacks import Hooks, Listener, Schedule
 from pegbox.engine.checkpoint import CheckpointStore
 from pegbox.engine.distributed import (
@@ -32,14 +32,14 @@ from pegbox.engine.distributed import (
     world,
 )
 from pegbox.engine.evaluation import Evaluator
-from pegbox.engine.hosts import arguments_class, trainer_class
+from pegbox.engine.hosts import trainer_class
 from pegbox.engine.log import LogRecord, LogWriter, as_json
 from pegbox.engine.microbatch import Probe, choose_micro_batch
 from pegbox.engine.resume import BufferWatch
 from pegbox.engine.seams import check_step
 from pegbox.engine.settings import TrainSettings
 from pegbox.engine.signals import Interrupted, StopRequest
-from pegbox.errors import BadInput, RunFailed, Stopped, Unsupported
+from pegbox.errors import RunFailed, Stopped, Unsupported
 from pegbox.objectives.base import Objective
 from pegbox.optim.base import Step
 from pegbox.parts.context import Context, seed_of
@@ -191,7 +191,7 @@ class _Stage:
         from transformers import PrinterCallback, TrainerCallback
 
         if self.settings.gradient_checkpointing:
-            _enable_checkpointing(self.model, self.settings)
+            enable_checkpointing(self.model, self.settings)
         self.cached = getattr(getattr(self.model, "config", None), "use_cache", None)
         self.adapters = set(getattr(self.model, "peft_config", {}))
         self.trainer = self._trainer()
@@ -201,6 +201,7 @@ class _Stage:
         trainer.store, trainer.watch, trainer.count_flops = store, BufferWatch(self.model), self.settings.probe
         if world() > 1:
             check_same_on_ranks(checksum(self.model), "the set of initial weights")
+        trainer.row_names = self._row_names
         if self.own_data:
             self._data(newest)
         if self.settings.sharding == "full":
@@ -215,86 +216,33 @@ class _Stage:
         if is_main():
             at = int(newest.name.rsplit("-", 1)[1]) if newest is not None else None
             listeners = [_LogListener(LogWriter(self.out / "log.jsonl", at)), *listeners]
-        self.hooks = Hooks(trainer, schedules, listeners, stop, self._row_names, max(1, len(self.train_set)))
+        self.hooks = Hooks(trainer, schedules, listeners, stop, max(1, len(self.train_set)))
         for callback in (*others, self.hooks):
             trainer.add_callback(callback)
         trainer.extra = {"hooks": self.hooks, **self._stateful_sampler()}
 
     def _trainer(self) -> Any:
         host, settings = self.objective.host, self.settings
-        fields = dict(settings.train)
-        fields.setdefault("ddp_broadcast_buffers", False)
-        if not self.own_data:
-            fields |= self._host_fields()
-        extra = {} if self.own_data else self._host_inputs()
-        with _as_bad_input(f"the trainer of objective '{self.objective.kind}'"):
-            arguments = arguments_class(host)(
-                output_dir=str(self.out / "checkpoints"),
-                learning_rate=self.step.lr,
-                max_grad_norm=self.step.max_grad_norm,
-                use_cpu=settings.device == "cpu",
-                seed=settings.seed % 2**32,
-                report_to=list(settings.tracker),
-                disable_tqdm=True,
-                save_strategy="no",
-                eval_strategy="no",
-                logging_strategy="no",
-                logging_nan_inf_filter=False,
-                remove_unused_columns=False,
-                ignore_data_skip=self.own_data,
-                **fields,
+        inputs = host_inputs(self.objective, self.ctx.tokenizer, self.rewards)
+        arguments = host_arguments(self.objective, self.step, settings, self.out / "checkpoints")
+        if self.collator is not None:
+            inputs["data_collator"] = self.collator
+        with no_progress_bars(), as_bad_input(self.objective):
+            return trainer_class(host)(
+                model=self.model,
+                args=arguments,
+                train_dataset=self.train_set,
+                eval_dataset=self.eval_set,
+                objective=self.objective,
+                step=self.step,
+                policies=self.policies,
+                view=self.view,
+                ctx=self.ctx,
+                sharding=settings.sharding,
+                precision=settings.precision,
+                loader=self._loader if self.own_data else None,
+                **inputs,
             )
-        if settings.device == "cuda" and arguments.device.type != "cuda":
-            raise BadInput(
-                "device 'cuda' was asked for and no GPU is visible. Use --device cpu, or see `pegbox doctor`."
-            )
-        with _no_progress_bars(), _as_bad_input(f"the trainer of objective '{self.objective.kind}'"):
-            return self._make(trainer_class(host), arguments, extra)
-
-    def _make(self, make: Any, arguments: Any, extra: dict[str, Any]) -> Any:
-        settings = self.settings
-        return make(
-            model=self.model,
-            args=arguments,
-            train_dataset=self.train_set,
-            eval_dataset=self.eval_set,
-            objective=self.objective,
-            step=self.step,
-            policies=self.policies,
-            view=self.view,
-            ctx=self.ctx,
-            sharding=settings.sharding,
-            precision=settings.precision,
-            loader=self._loader if self.own_data else None,
-            **({"data_collator": self.collator} if self.collator is not None else {}),
-            **extra,
-        )
-
-    def _host_fields(self) -> dict[str, Any]:
-        """Arguments of a trainer that has its own data loader and loss."""
-        settings = self.settings
-        if settings.tokens is not None:
-            raise Unsupported(f"Objective '{self.objective.kind}' counts steps or epochs, not tokens.")
-        micro = settings.micro_batch if settings.micro_batch != "auto" else math.ceil(settings.batch / world())
-        accumulation = max(1, settings.batch // (int(micro) * world()))
-        own: dict[str, Any] = getattr(self.objective, "options", dict)()
-        return {
-            "per_device_train_batch_size": micro,
-            "per_device_eval_batch_size": settings.eval_batch or micro,
-            "gradient_accumulation_steps": accumulation,
-            "max_steps": settings.steps or -1,
-            "num_train_epochs": settings.epochs or 1.0,
-            "bf16": settings.precision == "bf16",
-            **own,
-        }
-
-    def _host_inputs(self) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"processing_class": self.ctx.tokenizer}
-        if self.objective.host == "policy":
-            if not self.rewards:
-                raise BadInput(f"Objective '{self.objective.kind}' needs a reward; none was given for this data.")
-            inputs["reward_funcs"] = self.rewards
-        return inputs
 
     # ---- data
 
@@ -302,7 +250,7 @@ class _Stage:
         settings, trainer = self.settings, self.trainer
         if self.collator is None:
             raise TypeError("a supervised objective needs a collator")
-        lengths = [length_of(self.train_set[i]) for i in range(len(self.train_set))]
+        lengths = lengths_of(self.train_set) if settings.tokens is not None or settings.probe else []
         stream = RowStream(len(self.train_set), settings.seed)
         total = self._total_steps(stream, lengths)
         trainer.setup_components(total)
@@ -313,11 +261,10 @@ class _Stage:
         if len(samplers) > 1:
             raise Unsupported(f"{len(samplers)} data policies want to order the rows; only one can.")
         stream.sampler = samplers[0] if samplers else None
-        total = self._total_steps(stream, lengths)
-        self.ctx.total_steps = total
         micro = self._micro_batch(lengths, newest)
         self.batches = StepBatches(stream, settings.batch, micro, total, rank(), world())
         self.batches.first = lambda: trainer.state.global_step
+        trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # several processes, never several GPUs in one
         trainer.args.max_steps, trainer.args.num_train_epochs = total, 1
         trainer.args.gradient_accumulation_steps = self.batches.accumulation
         trainer.args.per_device_train_batch_size = trainer._train_batch_size = self.batches.micro
@@ -327,7 +274,8 @@ class _Stage:
         if settings.steps is not None:
             return settings.steps
         if settings.tokens is not None:
-            return steps_for_tokens(stream, lengths, settings.batch, settings.tokens)
+            exact = all(type(p).sampler is DataPolicy.sampler for p in self.policies)
+            return steps_for_tokens(stream, lengths, settings.batch, settings.tokens, exact)
         assert settings.epochs is not None
         return max(1, math.ceil(settings.epochs * len(self.train_set) / settings.batch - 1e-9))
 
@@ -426,38 +374,3 @@ class _Stage:
             seconds=self.hooks.clock.seconds,
             machine=machine(),
         )
-
-
-@contextmanager
-def _as_bad_input(what: str) -> Iterator[None]:
-    """transformers and TRL refuse combinations of arguments with ValueErrors that say what is wrong."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(f"{what} refuses these settings: {error}") from error
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep the data sets' own progress bars off the terminal while a trainer prepares its rows."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()
-
-
-def _enable_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise Unsupported(f"{type(model).__name__} has no gradient checkpointing; train without it.")
-    enable(
-        gradient_checkpointing_kwargs={
-            "use_reentrant": False,
-            **settings.train.get("gradient_checkpointing_kwargs", {}),
-        }
-    )
