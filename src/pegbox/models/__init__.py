@@ -2,6 +2,7 @@
 
 from pegbox.models.cache import cache_dir, cached_folder
 from pegbox.models.fingerprint import fingerprint_model, fingerprint_tensors
+from pegbox.models.gguf import unpacked_model
 from pegbox.models.loading import (
     TASK_CLASSES,
     Loaded,
@@ -32,4 +33,5 @@ __all__ = [
     "pick_device",
     "resolve",
     "unpacked_folder",
+    "unpacked_model",
 ]

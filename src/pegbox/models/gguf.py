@@ -6,13 +6,16 @@ and tokenizers are worked out anew by each version). It holds float32 whatever d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pegbox.errors import Corrupt
 from pegbox.models.cache import cached_folder
 from pegbox.models.fingerprint import fingerprint_gguf
 
-__all__ = ["unpacked"]
+__all__ = ["unpacked", "unpacked_model"]
 
 
 def unpacked(file: Path) -> Path:
@@ -23,18 +26,30 @@ def unpacked(file: Path) -> Path:
     return cached_folder("gguf", f"{fingerprint}-{transformers.__version__}", lambda into: _unpack(file, into))
 
 
-def _unpack(file: Path, into: Path) -> None:
+def unpacked_model(file: Path) -> Any:
+    """The model in a GGUF file as float32, not kept in the cache. Raises `Corrupt`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    place = {"gguf_file": file.name}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **place)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise Corrupt(f"{file} can't be unpacked by transformers ({error}).") from error
+    with _explained(file):
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, gguf_file=file.name)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:  # the tensors are float32 by now; the label would forbid saving them as such
         quantizer.remove_quantization_config(model)
-    model.save_pretrained(into)
-    tokenizer.save_pretrained(into)
+    return model.eval()
+
+
+def _unpack(file: Path, into: Path) -> None:
+    from transformers import AutoTokenizer
+
+    unpacked_model(file).save_pretrained(into)
+    with _explained(file):
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(into)
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        raise Corrupt(f"{file} can't be unpacked by transformers ({error}).") from error
