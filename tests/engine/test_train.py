@@ -130,8 +130,7 @@ def test_the_probe_changes_nothing(tmp_path):
 # ---- resuming
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize(("lora", "at"), [(False, 1), (True, 3), (False, 5)])
 def test_a_run_that_broke_off_ends_in_the_same_weights_log_and_best(tmp_path, lora, at):
     options = {"steps": 6, "save_every": 2, "eval_every": 2, "eval_set": examples(5, 1), "select": "best"}
     whole, a = stage(tmp_path / "whole", net=model(lora, attention_dropout=0.1), **options)
@@ -170,7 +169,7 @@ def _killed(out: Any, at: int, lora: bool) -> None:
     stage(out, net=model(lora, attention_dropout=0.1), steps=5, save_every=2, callbacks=[kill])
 
 
-@pytest.mark.parametrize(("at", "lora"), [(1, False), (3, True), (4, False)])
+@pytest.mark.parametrize(("at", "lora"), [(3, True), (4, False)])
 def test_kill_9_and_resume_end_in_the_same_weights(tmp_path, at, lora):
     _, a = stage(tmp_path / "whole", net=model(lora, attention_dropout=0.1), steps=5, save_every=2)
     assert in_process(_killed, tmp_path / "killed", at, lora) == -signal.SIGKILL
@@ -211,9 +210,10 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(tmp_path):
         stage(tmp_path / "b", steps=6, save_every=2, callbacks=[At(5, crash)])
     broken = tmp_path / "b/checkpoints/checkpoint-4/optimizer.safetensors"
     broken.write_bytes(broken.read_bytes()[:-7])
-    _, b = stage(tmp_path / "b", steps=6, save_every=2, resume=True)
+    outcome, b = stage(tmp_path / "b", steps=6, save_every=2, resume=True)
     assert equal(weights(a), weights(b))
     assert (tmp_path / "b/checkpoints/broken-checkpoint-4.0").is_dir()
+    assert "step 4 (optimizer.safetensors has" in steps_of(outcome, "notice")[0]["text"]
 
 
 def test_adapter_keys_that_do_not_match_are_refused(tmp_path):

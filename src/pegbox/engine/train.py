@@ -126,12 +126,15 @@ def train_stage(
     join_processes(settings.device)
     check_same_on_ranks(selection_digest or "", "the selection")
     store = CheckpointStore(out / "checkpoints", settings.save_total_limit)
-    newest = _newest(store, resume)
+    notices: list[str] = []
+    newest = _newest(store, resume, notices)
     stop = StopRequest()
     with stop:
         stage = _Stage(model, view, train_set, eval_set, collator, objective, step, policies, settings, out, ctx)
         stage.rewards = list(rewards)
         stage.build(callbacks, evaluator, store, stop, identity, newest)
+        for text in notices:
+            stage.hooks.tell(LogRecord(event="notice", step=0, text=text))
         return stage.run(newest)
 
 
@@ -140,14 +143,14 @@ def _check_sharding(settings: TrainSettings, step: Step) -> None:
         raise Unsupported(f"optim '{step.kind}' works on whole weights; it can't be used with sharding 'full'.")
 
 
-def _newest(store: CheckpointStore, resume: bool) -> Path | None:
+def _newest(store: CheckpointStore, resume: bool, notices: list[str]) -> Path | None:
     """The checkpoint to go on from: the main process looks and moves broken ones aside, then all look."""
     if not resume:
         if is_main():
             store.refuse_if_any()
         barrier()
         return None
-    found = store.newest() if is_main() else None
+    found = store.newest(notices.append) if is_main() else None
     barrier()
     return found if is_main() else store.newest()
 
