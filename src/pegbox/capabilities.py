@@ -118,12 +118,43 @@ def selection_fits_tuner(recipe: Recipe, facts: Facts) -> str | None:
 
 
 @rule
+def selection_fits_storage(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.select is None:
+        return None
+    if recipe.select.produces <= {"whole"} and _quantized(recipe, facts):
+        return f"select '{recipe.select.kind}' chooses whole tensors to train, and packed ones can't train themselves."
+    if recipe.select.picks_vectors and not recipe.tuner.holds_vectors:
+        return (
+            f"select '{recipe.select.kind}' picks norms and biases too, and tuner '{recipe.tuner.kind}' as configured "
+            "holds matrices only; use execution: in_place or scatter, or narrow the selection."
+        )
+    return None
+
+
+@rule
+def factors_are_taken_up(recipe: Recipe, facts: Facts) -> str | None:
+    leaving = [part.kind for part in recipe.prepare if type(part).leaves_factors]
+    if leaving and not type(recipe.tuner).takes_factors:
+        return (
+            f"prepare '{leaving[0]}' takes a part out of the weights for an adapter to start from, and tuner "
+            f"'{recipe.tuner.kind}' takes none up; use tuner: lora on the same modules."
+        )
+    return None
+
+
+@rule
 def moving_selection(recipe: Recipe, facts: Facts) -> str | None:
     schedule = getattr(recipe.select, "schedule", None)
-    if recipe.select is None or schedule is None or schedule.every is None:
+    if recipe.select is None or schedule is None or not schedule.moves:
         return None
-    if recipe.select.moves == "never":
+    if type(recipe.select).moves == "never":
         return f"select '{recipe.select.kind}' never moves, so select.schedule.every has no meaning; leave it out."
+    if recipe.select.moves not in recipe.tuner.moves:
+        able = " or ".join(sorted(recipe.tuner.moves)) or "nothing"
+        return (
+            f"select '{recipe.select.kind}' moves {recipe.select.moves} during training, and tuner "
+            f"'{recipe.tuner.kind}' can move {able}; leave out select.schedule, or use another tuner."
+        )
     if recipe.select.moves == "slots" and not recipe.optim.needs_backward:
         return (
             f"optim '{recipe.optim.kind}' stores its run as directions over fixed entries, so the selection can't "

@@ -76,6 +76,7 @@ class Corda(Preparation):
     dequantize_for_init: bool = False
 
     needs_batches: ClassVar[bool] = True
+    leaves_factors: ClassVar[bool] = True
     reproduces: ClassVar[str] = "arXiv:2406.05223"
 
     @property

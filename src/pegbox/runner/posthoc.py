@@ -31,7 +31,7 @@ def apply_operations(
     """Apply the recipe's operations and leave the artefact in `folder/artefact`."""
     if not recipe.weights:
         raise BadInput("An apply stage needs weight operations; add a `weights:` list to the recipe.")
-    tuned: list[Mapping[str, Tensor]] = [_state(open_artefact(spec, start))] if start is not None else _roles(spec, recipe)
+    tuned = _roles(spec, recipe) if start is None else [_state(open_artefact(spec, start))]
     base = open_base(spec, recipe, source, labels=labels, prepared=False)
     result = run_operations(recipe, _state(base), tuned, Anatomy.of(base.model))
     tuner = TUNER.validate("full")
@@ -73,7 +73,7 @@ def _roles(spec: RunSpec, recipe: Recipe) -> list[Mapping[str, Tensor]]:
     return states
 
 
-def _state(opened: Opened) -> dict[str, Tensor]:
+def _state(opened: Opened) -> Mapping[str, Tensor]:
     return {name: p.detach() for name, p in settle(opened.model).named_parameters()}
 
 

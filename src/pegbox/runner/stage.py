@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.allocation import Allocation
 from pegbox.parts.anatomy import Anatomy
-from pegbox.parts.context import Context
+from pegbox.parts.context import Context, seed_of
 from pegbox.parts.files import read_json, replace_folder, write_json
+from pegbox.parts.packed import FloatingWeights
 from pegbox.parts.results import Cost
 from pegbox.recipe import Recipe
 from pegbox.runner.data import RunData
@@ -79,7 +81,9 @@ class StageJob:
         records = self._prepare(model, ctx)
         allocation = self._allocate(model, ctx)
         if not continued:
-            model = self.recipe.tuner.attach(_plain(model), allocation, ctx)
+            with torch.random.fork_rng(devices=[]):  # PEFT draws initial values from the global generator
+                torch.manual_seed(seed_of(self.spec.seed, "attach", self.name))
+                model = self.recipe.tuner.attach(_plain(model), allocation, ctx)
         ctx.model = model
         if type(self.recipe.tuner).reference_view:
             ctx.reference = lambda: self.recipe.tuner.reference(model)
@@ -230,7 +234,7 @@ class StageJob:
         anatomy = Anatomy.of(plain)
         stats = self._statistics(plain, ctx)
         generator = ctx.generator("select", self.patch.get("round", 0))
-        return selector.select(anatomy, dict(plain.named_parameters()), stats, generator)
+        return selector.select(anatomy, FloatingWeights(plain), stats, generator)
 
     def _statistics(self, model: nn.Module, ctx: Context) -> Mapping[str, Any] | None:
         """What the selector asked for: other stages' weights, or a pass over calibration batches."""
@@ -265,13 +269,13 @@ class StageJob:
         """Selections done again during training, as the tuner knows how to move them."""
         selector = self.recipe.select
         schedule = getattr(selector, "schedule", None)
-        if selector is None or schedule is None or schedule.every is None:
+        if selector is None or schedule is None or not schedule.moves:
             return []
         found = self.recipe.tuner.schedules(selector, ctx)
         if not found:
             raise Unsupported(
-                f"tuner '{self.recipe.tuner.kind}' can't move the selection of '{selector.kind}' during training; leave "
-                "out select.schedule."
+                f"tuner '{self.recipe.tuner.kind}' can't move the selection of '{selector.kind}' during training; "
+                "leave out select.schedule."
             )
         return list(found)
 

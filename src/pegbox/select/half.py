@@ -59,6 +59,7 @@ class Half(Selector):
     produces: ClassVar[frozenset[str]] = frozenset({"whole"})
     moves: ClassVar[Literal["never", "slots", "set"]] = "set"
     needs_weights: ClassVar[bool] = False
+    picks_vectors: ClassVar[bool] = True
 
     def model_post_init(self, context: Any, /) -> None:
         if self.seed is not None and self.schedule.every is not None:

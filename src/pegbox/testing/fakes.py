@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHAT_TEMPLATE", "tiny_llama", "tiny_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "tiny_batch", "tiny_llama", "tiny_tokenizer"]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -54,3 +54,23 @@ def tiny_tokenizer() -> Any:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def tiny_batch(rows: int = 3, length: int = 10, seed: int = 0, pad: int = 2) -> dict[str, Any]:
+    """A right-padded batch for `tiny_llama`: row i has i * `pad` positions of padding; the first third is no target."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 256, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for i in range(rows):
+        if i * pad:
+            mask[i, length - i * pad :] = 0
+    ids = ids.masked_fill(mask == 0, 258)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : length // 3] = -100
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "sample_ids": torch.arange(rows),
+        "sample_weight": torch.ones(rows),
+    }

@@ -23,6 +23,9 @@ class Tuner(Component):
     needs_floating_base: ClassVar[bool] = False
     needs_resident_base: ClassVar[bool] = False  # the whole weight in this process (no offload)
     needs_unsharded_base: ClassVar[bool] = False
+    holds_vectors: ClassVar[bool] = True  # norms and biases too, not just matrices
+    moves: ClassVar[frozenset[str]] = frozenset()  # the moves of a selection it can follow while training: slots, set
+    takes_factors: ClassVar[bool] = False  # begins at low-rank factors that a preparation took out of the weights
     rewrites_base: ClassVar[bool] = False  # the base's own tensors change during training
     keeps_causality: ClassVar[bool] = True
     several_active: ClassVar[bool] = True

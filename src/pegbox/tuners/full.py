@@ -82,6 +82,7 @@ class Full(Tuner):
     rewrites_base: ClassVar[bool] = True
     several_active: ClassVar[bool] = False
     reference_view: ClassVar[bool] = False
+    moves: ClassVar[frozenset[str]] = frozenset({"set"})
     merge: ClassVar[Literal["exact", "lossy", "no"]] = "exact"
 
     def attach(self, model: nn.Module, allocation: Allocation | None, ctx: Context) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import nn
 from pegbox.errors import BadInput, Corrupt, Unsupported, did_you_mean
 from pegbox.parts.allocation import Allocation
 from pegbox.parts.context import Context
+from pegbox.parts.initial import apply_initial
 from pegbox.tuners.base import Tuner
 from pegbox.tuners.peft_files import read_adapter_config, verify_adapter_files, verify_loaded
 from pegbox.tuners.targets import peft_targets
@@ -130,6 +131,7 @@ def peft_tuner(kind: str) -> type[PeftTuner]:
         "kind": kind,
         "__doc__": f"PEFT's {config_class(kind).__name__.removesuffix('Config')}, by its own options.",
         "keeps_causality": kind not in {"adaption_prompt"},
+        "takes_factors": kind == "lora",
         "merge": "lossy" if hasattr(_model_class(kind), "merge_and_unload") else "no",
         "several_active": kind not in _ONE_ACTIVE,
     }
@@ -144,10 +146,12 @@ def attach_peft(model: nn.Module, config: Any, adapter_name: str = "default") ->
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, config, adapter_name=adapter_name)
+        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except (ValueError, TypeError) as error:
         kind = str(config.peft_type.value).lower()
         raise BadInput(f"tuner '{kind}' can't be attached to {type(model).__name__}: {error}") from error
+    apply_initial(model, wrapped, adapter_name)
+    return wrapped
 
 
 def save_peft(model: Any, folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def resolve_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]
 
 
 def peft_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    """As `resolve_targets`, but plain names that PEFT reads the same way stay as they are (a short, portable config)."""
+    """As `resolve_targets`, but plain names that PEFT reads the same way stay as they are: a short config."""
     found = resolve_targets(model, targets)
     words = [targets] if isinstance(targets, str) else sorted(targets)
     named = _by_name(model, words)

@@ -30,6 +30,7 @@ class SparseTuner(Tuner):
     takes: ClassVar[frozenset[str]] = frozenset({"entries", "whole", "units"})
     rewrites_base: ClassVar[bool] = True  # in place, between forwards; `reference` and saving put it back
     merge: ClassVar[Literal["exact", "lossy", "no"]] = "exact"
+    moves: ClassVar[frozenset[str]] = frozenset({"slots"})
 
     coordinates: Literal["absolute", "delta"] = "delta"
     execution: Literal["auto", "in_place", "scatter", "bypass"] = "auto"
@@ -40,6 +41,16 @@ class SparseTuner(Tuner):
     layers_to_transform: tuple[int, ...] | None = None
     select: dict[str, Any] | None = None
     seed: int | None = None  # default: the run's
+
+    @property
+    def needs_floating_base(self) -> bool:  # type: ignore[override]
+        """Writing entries, building weights and absolute coordinates all need the base's own numbers."""
+        return self.execution in {"in_place", "scatter"} or self.coordinates == "absolute"
+
+    @property
+    def holds_vectors(self) -> bool:  # type: ignore[override]
+        """A bypass is a second product beside the base's; a norm or a bias has none."""
+        return self.execution != "bypass"
 
     def config(self, **changes: Any) -> Any:
         """The PEFT config of this block (imports PEFT)."""

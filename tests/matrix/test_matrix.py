@@ -1,0 +1,188 @@
+"""The composition matrix: each cell trains two steps through a whole run, is loaded again and gives the same logits, or
+is refused with a reason known here.
+
+Cells cover every pair of choices on any two axes (a pairwise design), so that no two parts have never met.
+"""
+
+import itertools
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from pegbox.capabilities import refusals
+from pegbox.errors import Unsupported
+from pegbox.recipe import load_recipe
+from pegbox.run import build_spec, execute
+from pegbox.runner import check_spec, facts_of
+from pegbox.testing import tiny_batch, tiny_llama, tiny_tokenizer
+
+AXES = {
+    "tuner": {
+        "lora": {"kind": "lora", "r": 4, "target_modules": "all-linear"},
+        "ia3": {
+            "kind": "ia3",
+            "target_modules": ["k_proj", "v_proj", "down_proj"],
+            "feedforward_modules": ["down_proj"],
+        },
+        "sparse": {"kind": "sparse"},
+        "scatter": {"kind": "sparse", "execution": "scatter"},
+        "bypass": {"kind": "sparse", "execution": "bypass", "coordinates": "absolute"},
+        "full": {"kind": "full"},
+    },
+    "select": {
+        "none": None,
+        "random": {"kind": "random", "budget": {"density": 0.05}},
+        "principal": {
+            "kind": "low_rank_magnitude",
+            "filter_rank": 4,
+            "budget": {"density": 0.05},
+            "schedule": {"every": 1},
+        },
+        "half": {"kind": "half"},
+    },
+    "objective": {
+        "sft": {"token": {"kind": "sft"}},
+        "dft": {"token": {"kind": "dft"}},
+        "asft": {"kind": "asft", "mode": "asft", "lam": 0.1},
+        "pull": {"token": {"kind": "sft"}, "terms": [{"kind": "l1_to_start", "weight": 0.1}]},
+    },
+    "optim": {
+        "adamw": {"kind": "adamw", "lr": 1e-3},
+        "sgd": {"kind": "sgd", "lr": 1e-2},
+        "mezo": {"kind": "mezo", "lr": 1e-4, "eps": 1e-3},
+    },
+    "data": {"plain": [], "corrupted": [{"kind": "corruption", "rate": 0.3, "form": "existing", "token": 3}]},
+    "prepare": {"as it is": [], "corda": [{"kind": "corda", "mode": "ipm", "rank": 4}], "nf4": [{"kind": "nf4"}]},
+}
+
+# (choice, choice) -> a word of the reason. Everything else must work.
+REFUSED = {
+    ("tuner=lora", "select=random"): "takes no selection",
+    ("tuner=lora", "select=principal"): "takes no selection",
+    ("tuner=lora", "select=half"): "takes no selection",
+    ("tuner=ia3", "select=random"): "takes no selection",
+    ("tuner=ia3", "select=principal"): "takes no selection",
+    ("tuner=ia3", "select=half"): "takes no selection",
+    ("tuner=full", "prepare=nf4"): "quantized",
+    ("tuner=scatter", "prepare=nf4"): "quantized",
+    ("tuner=bypass", "prepare=nf4"): "quantized",  # for its absolute coordinates
+    ("tuner=full", "select=principal"): "moves slots",
+    ("tuner=bypass", "select=half"): "norms",
+    ("select=half", "prepare=nf4"): "can't train themselves",
+    ("optim=mezo", "select=principal"): "move",
+    ("tuner=ia3", "prepare=corda"): "takes none up",
+    ("tuner=sparse", "prepare=corda"): "takes none up",
+    ("tuner=scatter", "prepare=corda"): "takes none up",
+    ("tuner=bypass", "prepare=corda"): "takes none up",
+    ("tuner=full", "prepare=corda"): "takes none up",
+    ("prepare=corda", "select=random"): "take",  # only lora takes factors, and it takes no selection
+    ("prepare=corda", "select=principal"): "take",
+    ("prepare=corda", "select=half"): "take",
+}
+
+
+def is_refused(cell):
+    choices = {f"{axis}={choice}" for axis, choice in cell.items()}
+    return any(set(pair) <= choices for pair in REFUSED)
+
+
+def pairwise(axes):
+    """Few cells that hold every pair of choices on two different axes: greedy, deterministic.
+
+    A pair that is not refused is covered by a cell that runs; every refused pair has a cell of its own.
+    """
+    names = list(axes)
+    pairs = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}
+    refused = sorted(pair for pair in pairs if is_refused(dict(pair)))
+    cells, missing = [], pairs - set(refused)
+    while missing:
+        cell = dict(min(missing))
+        for pair in sorted(missing):
+            wider = cell | dict(pair)
+            if all(cell.get(axis, choice) == choice for axis, choice in pair) and not is_refused(wider):
+                cell = wider
+        for name in names:
+            if name not in cell:
+                cell[name] = next(c for c in axes[name] if not is_refused(cell | {name: c}))
+        cells.append({name: cell[name] for name in names})
+        missing -= {((a, cell[a]), (b, cell[b])) for a, b in itertools.combinations(names, 2)}
+    first = {name: next(iter(axes[name])) for name in names}
+    return cells + [first | dict(pair) for pair in refused]
+
+
+CELLS = pairwise(AXES)
+
+
+def label(cell):
+    return " ".join(f"{axis}={choice}" for axis, choice in cell.items())
+
+
+def expected_refusals(cell):
+    choices = {f"{axis}={choice}" for axis, choice in cell.items()}
+    return [word for pair, word in REFUSED.items() if set(pair) <= choices]
+
+
+class LastLogits(TrainerCallback):
+    """Keeps the model's logits at the end of training."""
+
+    logits = None
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.logits = logits_of(model)
+
+
+@torch.no_grad()
+def logits_of(model):
+    model.eval()
+    return model(input_ids=tiny_batch(rows=2, pad=0)["input_ids"] % 256).logits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def recipe_of(cell):
+    block = {"title": label(cell)} | {axis: AXES[axis][choice] for axis, choice in cell.items()}
+    return load_recipe(block)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=label)
+def test_cell(cell, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEGBOX_CACHE", str(base / "cache"))
+    spec = build_spec(
+        recipe_of(cell),
+        model=str(base),
+        data={"path": "network", "limit": 6, "families": ["subnet"]},
+        suites=[],
+        steps=2,
+        batch=2,
+        micro_batch=2,
+        max_length=400,
+        eval_split=0.0,
+    )
+    words = expected_refusals(cell)
+    reasons = refusals(spec.recipe, facts_of(spec))
+    if words:
+        assert len(reasons) >= 1
+        for word in words:
+            assert any(word in reason for reason in reasons), (word, reasons)
+        with pytest.raises(Unsupported):
+            check_spec(spec)
+        return
+    assert reasons == []
+    kept = LastLogits()
+    run = execute(spec, tmp_path / "run", callbacks=[kept])
+    assert run.status == "finished"
+    model, _ = run.model()
+    assert torch.allclose(logits_of(model), kept.logits, atol=2e-5), label(cell)
+
+
+def test_every_pair_is_covered():
+    pairs = {((a, c[a]), (b, c[b])) for c in CELLS for a, b in itertools.combinations(AXES, 2)}
+    wanted = sum(len(AXES[a]) * len(AXES[b]) for a, b in itertools.combinations(AXES, 2))
+    assert len(pairs) == wanted
