@@ -1,4 +1,4 @@
-"""Several processes on this machine: each runs the same settings; torch's launcher (or accelerate's) starts them."""
+"""Several processes on this machine: a launcher (torch's or accelerate's) starts `pegbox.worker` in each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pegbox.parts.files import write_text
 from pegbox.recipe import dump_yaml
 from pegbox.spec import RunSpec
 
-__all__ = ["launch", "worker"]
+__all__ = ["launch"]
 
 
 def launch(
@@ -32,7 +32,7 @@ def launch(
         settings = Path(scratch) / "run.yaml"
         write_text(settings, dump_yaml(spec.plain()))
         arguments = [str(settings), str(folder), "resume" if resume else "new", *map(str, plugins)]
-        code = subprocess.run([*_starter(processes, accelerate), "pegbox.launch", *arguments], check=False).returncode
+        code = subprocess.run([*_starter(processes, accelerate), "pegbox.worker", *arguments], check=False).returncode
     if code == 0:
         return
     status = _reason(folder)
@@ -64,34 +64,3 @@ def _reason(folder: Path) -> str:
 
 def _subclasses(cls: type[PegboxError]) -> list[type[PegboxError]]:
     return [c for sub in cls.__subclasses__() for c in (sub, *_subclasses(sub))]
-
-
-def worker(arguments: Sequence[str]) -> int:
-    """One process: settings file, run folder, "new" or "resume", plugins. Returns the exit code."""
-    import torch.distributed as dist
-
-    from pegbox.parts.plugins import load_plugins
-    from pegbox.recipe import parse_yaml
-    from pegbox.run import execute
-
-    settings, folder, how, *plugins = arguments
-    load_plugins(plugins)
-    spec = RunSpec.of(parse_yaml(Path(settings).read_text(encoding="utf-8"), settings))
-    if not dist.is_initialized():
-        import torch
-
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        execute(spec, Path(folder), resume=how == "resume", progress=True)
-    except PegboxError as error:
-        if dist.get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(worker(sys.argv[1:]))
