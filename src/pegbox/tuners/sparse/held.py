@@ -1,7 +1,7 @@
 """What a sparse layer holds: for each adapter and target tensor a slot, saved by PEFT, and the base layer it is for.
 
-Names of what is saved: `sparse_<tensor>_<part>.<adapter>` with tensor weight or bias and part values, index, left_index,
-left_values (see `slots.py`). What a forward does with it is in `layer.py`.
+Names of what is saved: `sparse_<tensor>_<part>.<adapter>` with tensor weight or bias, and part values, index,
+left_index or left_values (see `slots.py`). What a forward does with it is in `layer.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pegbox.errors import Unsupported
 from pegbox.parts.indexsets import check_index, index_dtype, numel
+from pegbox.parts.packed import floating
 from pegbox.parts.parameterinfo import ParameterInfo, attach_info, info_of, touch
 from pegbox.tuners.sparse.execution import base_facts, choose_execution, onloaded
 from pegbox.tuners.sparse.slots import Slot, move, touched, values_dtype

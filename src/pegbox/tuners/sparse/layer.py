@@ -25,6 +25,7 @@ from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.indexsets import numel
 from pegbox.parts.parameterinfo import CLOCK, info_of
 from pegbox.tuners.sparse.execution import base_facts
+from pegbox.tuners.sparse.held import TENSORS, HeldEntries
 from pegbox.tuners.sparse.in_place import InPlace
 from pegbox.tuners.sparse.lent import Lent
 from pegbox.tuners.sparse.products import Bypass, Kept, csr_pattern, operation_of
@@ -39,8 +40,6 @@ from pegbox.tuners.sparse.slots import (
 )
 
 __all__ = ["TENSORS", "SparseLayer"]
-
-TENSORS = ("weight", "bias")
 
 
 class SparseLayer(HeldEntries):
