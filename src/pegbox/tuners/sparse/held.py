@@ -201,7 +201,6 @@ class HeldEntries(nn.Module, BaseTunerLayer):
     def moved(self, adapter: str) -> None:
         """Say that an adapter's index sets have changed (or have been loaded)."""
         self._moves[adapter] = max(self._moves[adapter], 0) + 1
-        self._patterns.clear()
 
     def shape_of(self, tensor: str) -> tuple[int, ...]:
         if tensor == "weight":
