@@ -60,8 +60,8 @@ def test_rows_bring_their_checker():
     from pegbox.parts.answers import checker_for
 
     (row,) = network.rows("test", 1)
-    assert checker_for(row)(row.messages[-1]["content"], row)
-    assert not checker_for(row)("no", row)
+    assert checker_for(row)(row, row.messages[-1]["content"])
+    assert not checker_for(row)(row, "no")
 
 
 def test_a_changed_request_flips_the_verdict():

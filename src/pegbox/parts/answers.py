@@ -198,7 +198,7 @@ def _generic(row: Any, answer: str) -> bool:
 
 
 # Checkers by task name: functions, or "module:function" that is imported when first needed.
-CHECKERS: dict[str, Checker | str] = {"answer": _generic, "network": "pegbox.data.network:verdict"}
+CHECKERS: dict[str, Checker | str] = {"answer": _generic, "network": "pegbox.data.network:check"}
 
 
 def register_checker(name: str, checker: Checker | str) -> None:

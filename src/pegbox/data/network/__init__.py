@@ -11,7 +11,7 @@ Answers are computed here by integer arithmetic and a trie; `check` judges with 
 linear scan and a configuration parser (checker.py), and shares no code with the generator.
 """
 
-from pegbox.data.network.checker import check, expected, verdict
+from pegbox.data.network.checker import check, expected
 from pegbox.data.network.generator import FAMILIES, SPLITS, network_of_split, rows
 
-__all__ = ["FAMILIES", "SPLITS", "check", "expected", "network_of_split", "rows", "verdict"]
+__all__ = ["FAMILIES", "SPLITS", "check", "expected", "network_of_split", "rows"]

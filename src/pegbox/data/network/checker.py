@@ -15,7 +15,7 @@ from typing import Any
 
 from pegbox.errors import BadInput
 
-__all__ = ["check", "expected", "verdict"]
+__all__ = ["check", "expected"]
 
 State = dict[tuple[str, ...], frozenset[tuple[str, ...]]]  # section -> its statements
 
@@ -32,11 +32,6 @@ def check(row: Any, text: str) -> bool:
         state = parse_configuration(text)
         return state is not None and state == requested_state(request)
     return _final(text) == expected(meta)
-
-
-def verdict(answer: str, row: Any) -> bool:
-    """`check` in the form of a registered checker (`parts.answers`), which rows ask for by `meta["checker"]`."""
-    return check(row, answer)
 
 
 def expected(meta: Mapping[str, Any]) -> str:
