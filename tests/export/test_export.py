@@ -233,7 +233,7 @@ folder, out = sys.argv[1], sys.argv[sys.argv.index("--outfile") + 1]
 assert sys.argv[sys.argv.index("--outtype") + 1] == "f16"
 assert (Path(folder) / "model.safetensors").exists()
 template = json.loads((Path(folder) / "tokenizer_config.json").read_text())["chat_template"]
-writer = GGUFWriter(out, "llama")
+writer = GGUFWriter(out, "stand-in")  # transformers knows no such architecture
 {template}
 writer.add_eos_token_id({stop})
 writer.add_rope_freq_base({theta})

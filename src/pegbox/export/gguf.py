@@ -127,8 +127,8 @@ def _verify(made: Path, folder: Path) -> dict[str, Any]:
     written = _field(reader, f"{_field(reader, 'general.architecture')}.rope.freq_base")
     if theta is not None and not math.isclose(written if written is not None else 1e4, theta, rel_tol=1e-6):
         raise Corrupt(
-            f"{made.name} has rotary base {written}, the model {theta}: this converter is too old for the settings that "
-            "transformers 5 writes. Take a newer llama.cpp."
+            f"{made.name} has rotary base {written}, the model {theta}: this converter is too old for the settings "
+            "that transformers 5 writes. Take a newer llama.cpp."
         )
     return {"tensors": len(reader.tensors), "chat_template": bool(tokenizer.chat_template), "stop_token": stop}
 
