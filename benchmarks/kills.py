@@ -2,11 +2,11 @@
 
     python benchmarks/kills.py [--kills 50] [--seed 0]
 
-A tiny Llama trains with dropout, shuffling, accumulation, evaluation and a checkpoint at every second step. It is killed
-with SIGKILL after a random time, resumed, killed again, and so on; moments inside a checkpoint being written are made as
-likely as the rest by aiming a share of the kills at them. When it finishes, its weights are compared bit for bit with
-those of a run that was never killed, and the next one begins, until the number of kills is reached. Full weights and
-LoRA take turns. Writes `benchmarks/results/kills.json`.
+A tiny Llama trains with dropout, shuffling, accumulation, evaluation and a checkpoint at every second step. It is
+killed with SIGKILL after a random time, resumed, killed again, and so on; moments inside a checkpoint being written are
+made as likely as the rest by aiming half of the kills at them. When it finishes, its weights are compared bit for bit
+with those of a run that was never killed, and the next one begins, until the number of kills is reached. Full weights
+and LoRA take turns. Writes `benchmarks/results/kills.json`.
 """
 
 from __future__ import annotations
@@ -137,6 +137,17 @@ def kill_somewhere(process: Any, out: Path, draw: random.Random, span: float) ->
     return None
 
 
+def finish(out: Path, lora: bool, whole: dict[str, torch.Tensor]) -> str:
+    """Resume a run until its end and compare its weights with those of the run that was never killed."""
+    process = fork(train, out, lora)
+    process.join()
+    if process.exitcode != 0:
+        sys.stderr.write(out.with_suffix(".log").read_text()[-2000:])
+        return "lost"
+    final = load_file(str(out / "final.safetensors"))
+    return "same_weights" if all(torch.equal(final[n], t) for n, t in whole.items()) else "other_weights"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
@@ -153,7 +164,9 @@ def main() -> int:
         spans[lora] = time.monotonic() - began
         whole[lora] = load_file(str(root / f"whole-{lora}" / "final.safetensors"))
     kills: dict[str, int] = {"training": 0, "saving": 0}
-    runs = lost = other = skipped = 0
+    ends = {"same_weights": 0, "other_weights": 0, "lost": 0}
+    runs = skipped = 0
+    result: dict[str, Any] = {}
     while sum(kills.values()) < wanted:
         lora, out = runs % 2 == 1, root / f"run-{runs}"
         for _ in range(8):
@@ -161,32 +174,17 @@ def main() -> int:
             if where is None:
                 break
             kills[where] += 1
-        process = fork(train, out, lora)
-        process.join()
+        ends[finish(out, lora, whole[lora])] += 1
         runs += 1
         skipped += len(list((out / "checkpoints").glob("broken-*")))
-        if process.exitcode != 0:
-            lost += 1
-            sys.stderr.write(out.with_suffix(".log").read_text()[-2000:])
-            continue
-        final = load_file(str(out / "final.safetensors"))
-        other += any(not torch.equal(final[n], t) for n, t in whole[lora].items())
         shutil.rmtree(out)
-    result = {
-        "kills": kills,
-        "runs": runs,
-        "runs_lost": lost,
-        "runs_with_other_weights": other,
-        "incomplete_checkpoints_skipped": skipped,
-        "seed": seed,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        result = {"kills": kills, "runs": runs, **ends, "incomplete_checkpoints_skipped": skipped, "seed": seed}
+        result |= {"torch": torch.__version__, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(json.dumps(result) + "\n")
     shutil.rmtree(root, ignore_errors=True)
-    return 0 if lost == other == 0 else 1
+    return 0 if ends["same_weights"] == runs else 1
 
 
 if __name__ == "__main__":
