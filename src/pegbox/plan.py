@@ -167,7 +167,7 @@ def _attached(recipe: Recipe, model: str) -> tuple[nn.Module, list[str]]:
 
 
 def _reference_bytes(recipe: Recipe, total: int, precision: str) -> int:
-    if not type(recipe.objective).needs_reference and not getattr(recipe.objective, "anchored", False):
+    if not recipe.objective.needs_reference:
         return 0
     return 0 if type(recipe.tuner).reference_view else int(total * BYTES_PER_WEIGHT[precision])
 

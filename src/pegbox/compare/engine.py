@@ -112,6 +112,7 @@ def compare(
     jobs: int = 1,
     confirm: Confirm | None = None,
     plugin: Sequence[Path] = (),
+    estimate: bool = True,
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
     **run: Any,
@@ -125,6 +126,7 @@ def compare(
         suite: suites to evaluate. overrides: laid over every recipe. run: see `pegbox.run.build_spec`.
         list_cells: run nothing; the result's `cells` say how each stands. cell: run just that one ("lift/seed-1").
         jobs: cells at once, in processes of their own.
+        estimate: measure a few steps first and say how long all will take.
         confirm: asked before a long comparison; None goes on. say: told what happens, line by line.
 
     Raises:
@@ -143,7 +145,8 @@ def compare(
             return listing(plan)
         if cell is not None:
             return _one_cell(plan, cell, progress)
-        _ask(plan, confirm, say)
+        if estimate:
+            _ask(plan, confirm, say)
         _tune(plan, jobs, progress, say)
         _run_all(plan, plan.finals(), jobs, progress, say)
         from pegbox.compare.results import assemble

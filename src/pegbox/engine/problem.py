@@ -70,10 +70,10 @@ class MicroLoss:
         self.objective, self.state, self.view, self.ctx, self.autocast = objective, state, view, ctx, autocast
 
     def reference(self, batch: Batch) -> Any:
-        """What the objective wants of the reference model; no graph, adapter off."""
+        """What the objective wants of the reference model; no graph. The objective enters the reference view itself."""
         if not self.objective.needs_reference:
             return None
-        with torch.no_grad(), self.autocast(), self.ctx.as_reference():
+        with torch.no_grad(), self.autocast():
             return self.objective.reference(self.state, self.view, batch)
 
     def losses(self, batch: Batch, totals: Mapping[str, Tensor], ref: Any) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,7 @@ class Context:
     step: Callable[[], int] = lambda: 0
     tokenizer: Any = None
     reference: Callable[[], AbstractContextManager[Any]] | None = None
-    roles: dict[str, nn.Module] = field(default_factory=dict)
+    roles: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pegbox.data.dataset import RowSet, Splits, load_splits
+from pegbox.data.dataset import RowSet, Splits, load_rows, load_splits
 from pegbox.data.rows import Row
 from pegbox.errors import BadInput
 from pegbox.parts.task import Task
@@ -33,9 +33,11 @@ class RunData:
             s = self.settings
             if not s.train and not s.test and not s.validation:
                 raise BadInput("No rows. Give --data: a file, a folder, a hub id, or the built-in 'network'.")
-            main = s.train or s.test or s.validation
+            if not s.train:
+                self._splits = self._without_training()
+                return self._splits
             self._splits = load_splits(
-                [_grouped(source, s.group) for source in main],
+                [_grouped(source, s.group) for source in s.train],
                 validation=s.validation or s.validation_split,
                 test=s.test or s.test_split,
                 mapping=s.map,
@@ -43,6 +45,14 @@ class RunData:
                 seed=0,  # the split is the data's own: seeds of a run never change who is tested
             )
         return self._splits
+
+    def _without_training(self) -> Splits:
+        """Rows to measure on only, for runs that train nothing."""
+        s = self.settings
+        given = {use: [_grouped(v, s.group) for v in getattr(s, use)] for use in ("validation", "test")}
+        loaded = {u: load_rows(v, mapping=s.map, format=s.format) for u, v in given.items() if v}
+        rows = {u: list(found.rows) for u, found in loaded.items()}
+        return Splits([], rows.get("validation", []), rows.get("test", []), next(iter(loaded.values())).format)
 
     def rows(self, use: str) -> list[Row]:
         """The rows of one use ("train", "validation", "test"), at most `limit` of them."""

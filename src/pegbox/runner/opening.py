@@ -1,14 +1,13 @@
-"""Opening models: the bare base, a stage's start or end, another run as a role."""
+"""Opening models: the bare base, and what a stage or a run left."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from pegbox.models import Source, resolve
+from pegbox.models import Source
 from pegbox.recipe import Recipe
 from pegbox.spec import RunSpec
 
@@ -44,7 +43,7 @@ def open_base(spec: RunSpec, recipe: Recipe, source: Source, *, labels: int = 0,
     if labels:
         options["labels"] = labels
     model, tokenizer = recipe.task.load(source, **options)
-    return Opened(model, tokenizer)
+    return Opened(model, _speaking(tokenizer, spec, recipe))
 
 
 def open_artefact(spec: RunSpec, folder: Path, *, trainable: bool = False) -> Opened:
@@ -70,14 +69,11 @@ def loading_arguments(recipe: Recipe) -> dict[str, Any]:
     return merged
 
 
-def open_roles(spec: RunSpec, recipe: Recipe) -> Mapping[str, nn.Module]:
-    """The recipe's other models by role, each loaded once, frozen, in evaluation mode."""
-    opened: dict[str, nn.Module] = {}
-    for role, wanted in recipe.models.items():
-        folder = Path(wanted.of)
-        if wanted.adapter and ((folder / "artefact.json").exists() or (folder / "artefact").exists()):
-            model = open_artefact(spec, folder).model
-        else:
-            model = open_base(spec, recipe, resolve(wanted.of), prepared=False).model
-        opened[role] = model.eval().requires_grad_(False)
-    return opened
+def _speaking(tokenizer: Any, spec: RunSpec, recipe: Recipe) -> Any:
+    """The tokenizer with the run's chat template as its own, so that training, generation and the artefact agree."""
+    if tokenizer is None or not recipe.task.causal:
+        return tokenizer
+    from pegbox.data.templates import resolve_template
+
+    resolve_template(tokenizer, spec.rows.template).install()
+    return tokenizer

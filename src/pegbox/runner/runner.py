@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pegbox.artefact import ArtefactWriter, CardInfo, DataEntry, root_of
 from pegbox.errors import BadInput, did_you_mean
 from pegbox.models import resolve
 from pegbox.parts.allocation import Allocation
+from pegbox.parts.component import explain
 from pegbox.parts.files import read_json, write_json
 from pegbox.parts.protocol import BASE, ModelRef, Report, StageResult
 from pegbox.parts.results import Cost, Measurement
@@ -26,7 +29,7 @@ from pegbox.runner.data import RunData
 from pegbox.runner.opening import Opened, open_artefact, open_base, precision_of
 from pegbox.runner.stage import ALLOCATION, StageJob, TrainedStage, save_stage
 from pegbox.runner.suites import Suites
-from pegbox.spec import RunSpec
+from pegbox.spec import DataSettings, RunSpec
 from pegbox.workspace import Workspace
 
 __all__ = ["RecipeRunner"]
@@ -153,6 +156,7 @@ class RecipeRunner:
             open_start=lambda r, trainable: self._open_start(r, begin, trainable),
             weights_of=self._weights_of,
             allocation_of=lambda stage: Allocation.load(self.workspace.stage(stage) / ALLOCATION),
+            source=self.source,
             root=root_of(
                 self.source,
                 task=recipe.task.model_task,
@@ -316,10 +320,12 @@ class RecipeRunner:
 
 def _other_rows(spec: RunSpec, rows: Any) -> Any:
     """The run's encoding with other rows: a source, a list of sources, or a block of row settings."""
-    if isinstance(rows, Mapping) and "train" in rows:
-        return spec.rows.model_copy(update={k: v if isinstance(v, list) else [v] for k, v in rows.items()})
-    listed = rows if isinstance(rows, list) else [rows]
-    return spec.rows.model_copy(update={"train": listed, "validation": [], "test": []})
+    block = {**spec.rows.model_dump(), "validation": [], "test": []}
+    own = dict(rows) if isinstance(rows, Mapping) and "train" in rows else {"train": rows}
+    try:
+        return DataSettings.model_validate({**block, **own})
+    except ValidationError as error:
+        raise explain(error, DataSettings, "rows") from None
 
 
 def _run_artefact(run: str) -> Path:

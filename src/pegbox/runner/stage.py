@@ -24,7 +24,7 @@ from pegbox.parts.packed import FloatingWeights
 from pegbox.parts.results import Cost
 from pegbox.recipe import Recipe
 from pegbox.runner.data import RunData
-from pegbox.runner.opening import Opened, open_roles, precision_of
+from pegbox.runner.opening import Opened, precision_of
 from pegbox.spec import RunSpec
 
 __all__ = ["StageJob", "TrainedStage"]
@@ -61,6 +61,7 @@ class StageJob:
     weights_of: Callable[[str, str], Mapping[str, Any]]
     allocation_of: Callable[[str], Allocation]
     root: Any
+    source: Any = None
     evaluator: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
     progress: bool = False
     callbacks: Sequence[Any] = ()
@@ -88,6 +89,8 @@ class StageJob:
         if type(self.recipe.tuner).reference_view:
             ctx.reference = lambda: self.recipe.tuner.reference(model)
         task, host = self.recipe.task, self.recipe.objective.host
+        ctx.roles = self._roles(model, tokenizer, ctx)
+        self._check_packing(model)
         before = time.perf_counter() - began
         outcome = train_stage(
             model,
@@ -108,6 +111,9 @@ class StageJob:
             identity={"recipe": self.recipe.digest(), "base": self.root.fingerprint, "data": self.data.digests()},
             selection_digest=allocation.digest() if allocation is not None else None,
         )
+        for preparation, _, record in records:
+            if record:
+                preparation.finish(model, record)
         self._write_artefact(model, tokenizer, records, outcome, continued)
         cost = outcome.cost.model_copy(update={"seconds": outcome.cost.seconds + before})
         readings = {"status": outcome.status, "best": outcome.best}
@@ -170,9 +176,32 @@ class StageJob:
         return {"packing": self.spec.rows.packing, "max_length": self.spec.rows.max_length}
 
     def _context(self, model: nn.Module, tokenizer: Any) -> Context:
-        return Context(
-            model=model, seed=self.spec.seed, tokenizer=tokenizer, roles=dict(open_roles(self.spec, self.recipe))
+        return Context(model=model, seed=self.spec.seed, tokenizer=tokenizer)
+
+    def _roles(self, model: nn.Module, tokenizer: Any, ctx: Context) -> Mapping[str, nn.Module]:
+        """The recipe's other models, each base loaded once, on first use."""
+        from pegbox.artefact import Pool
+
+        return Pool(
+            self.recipe.models,
+            self.source,
+            policy=model,
+            reference=ctx.reference,
+            tokenizer=tokenizer,
+            device=self.spec.device,
+            precision=precision_of(self.spec),  # type: ignore[arg-type]
+            trust_remote_code=self.spec.trust_remote_code,
         )
+
+    def _check_packing(self, model: nn.Module) -> None:
+        """Refuse packing where one row could see another."""
+        from pegbox.data.collate import packing_leaks
+
+        if self.spec.rows.packing and packing_leaks(model):
+            raise Unsupported(
+                f"packing: in {type(model).__name__} a row can see the one packed before it (found by a probe of "
+                "gradients). Use rows.packing=false."
+            )
 
     def batches(self, tokenizer: Any, count: int | None = None) -> Callable[[], Iterable[Any]]:
         """Calibration batches: the first training rows, in the data's own order, in micro-batches."""
@@ -189,14 +218,15 @@ class StageJob:
 
     # ---- decisions, written down before training
 
-    def _prepare(self, model: nn.Module, ctx: Context) -> list[tuple[Any, Path]]:
-        """Apply the recipe's preparations to a bare base, or replay what was recorded."""
+    def _prepare(self, model: nn.Module, ctx: Context) -> list[tuple[Any, Path, dict[str, Any]]]:
+        """Apply the recipe's preparations to a bare base; costly ones (over batches) are replayed when resumed."""
         if self.start is not None:  # they stand in the start's own parts
             return []
         done = []
         for i, preparation in enumerate(self.recipe.prepare):
             folder = self.folder / f"prep-{i}"
-            if folder.is_dir():
+            record: dict[str, Any] = {}
+            if folder.is_dir() and type(preparation).needs_batches:
                 preparation.replay(model, folder)
             else:
                 batches = self.batches(ctx.tokenizer) if preparation.needs_batches else tuple
@@ -205,7 +235,7 @@ class StageJob:
                 temporary.mkdir(parents=True, exist_ok=True)
                 preparation.save(record, temporary)
                 replace_folder(temporary, folder)
-            done.append((preparation, folder))
+            done.append((preparation, folder, record))
         return done
 
     def _allocate(self, model: nn.Module, ctx: Context) -> Allocation | None:
@@ -299,7 +329,12 @@ class StageJob:
         return bool(applied[-1]["component"] == self.recipe.tuner.model_dump(mode="json"))
 
     def _write_artefact(
-        self, model: nn.Module, tokenizer: Any, records: list[tuple[Any, Path]], outcome: Any, continued: bool
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        records: list[tuple[Any, Path, dict[str, Any]]],
+        outcome: Any,
+        continued: bool,
     ) -> None:
         from pegbox.artefact import ArtefactWriter
         from pegbox.engine.distributed import barrier
@@ -308,7 +343,7 @@ class StageJob:
             with ArtefactWriter(
                 self.folder / "artefact", self.root, start=self.start, replace_last=continued
             ) as writer:
-                for preparation, folder in records:
+                for preparation, folder, _ in records:
                     writer.add_recorded(preparation, folder)
                 writer.add_tuner(self.recipe.tuner, model)
                 writer.add_step(self.recipe.optim, outcome.states.get("step"))

@@ -126,12 +126,12 @@ class TunerBattery(Battery):
     def model(self) -> nn.Module:
         return tiny_llama()
 
-    def attached(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def attached(self, dtype: torch.dtype = torch.float32) -> Any:
         base = self.model().to(dtype)
         torch.manual_seed(0)  # PEFT draws its initial values from the global generator
         return self.make().attach(base, self.allocation, Context(base, seed=1, tokenizer=tiny_tokenizer()))
 
-    def moved(self, steps: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def moved(self, steps: int = 2, dtype: torch.dtype = torch.float32) -> Any:
         """Attached and trained a little, so that the update is not nothing."""
         model = self.attached(dtype)
         model.train()
