@@ -244,7 +244,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.revert()
-        return {k: v for k, v in self.__dict__.items() if k not in ("in_place", "_patterns")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("in_place", "_patterns", "_quick")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

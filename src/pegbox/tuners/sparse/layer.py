@@ -52,9 +52,13 @@ class SparseLayer(HeldEntries):
         self.register_state_dict_pre_hook(_revert_before_state_dict)
         self.register_load_state_dict_pre_hook(_revert_before_load)
 
+    _quick: tuple[str, Any, Any] | None  # adapter, operation, and what was active when a forward ran in place
+
     # ---- forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._quick is not None and not args and not kwargs and self._still_quick():
+            return self._quick_forward(x)
         if self._disable_adapters and self.merged:
             self.unmerge()
         active, biased = self.adapters_on("weight"), self.adapters_on("bias")
@@ -80,12 +84,40 @@ class SparseLayer(HeldEntries):
         in_place = len(active) == 1 and self._options[active[0]]["execution"] == "in_place"
         if in_place:
             self.sync()
+            if bias is None and "weight" in self.base._parameters:
+                self._quick = (active[0], operation, self._active_adapter)
         else:
             self.revert()
         if bias is None:
             bias = getattr(self.base_layer, "bias", None)
         values = [self.sparse_values("weight", a) for a in active]
-        return Kept.apply(x, bias, Lent(self, active, in_place, operation), *values)
+        lent = Lent(self, active, in_place, operation, [self.identity(a) for a in active])
+        return Kept.apply(x, bias, lent, *values)
+
+    def _still_quick(self) -> bool:
+        """Nothing has changed since the last forward in place but, perhaps, the values."""
+        assert self._quick is not None
+        return (
+            self._active_adapter is self._quick[2]
+            and not self._disable_adapters
+            and not self.merged_adapters
+            and not _has_hooks(self.base)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _quick_forward(self, x: Tensor) -> Tensor:
+        """In place with one adapter: a stamp is compared, the base's product is made."""
+        assert self._quick is not None
+        adapter, operation, _ = self._quick
+        own, held = self.base._parameters, self.in_place
+        identity = self.identity(adapter)
+        if held.home is not own["weight"]:
+            held.settle(own["weight"])
+        stamp = (*identity, CLOCK.now)
+        if not held.up_to_date(stamp):
+            held.write(stamp, self.slot(adapter, "weight"))
+        lent = Lent(self, [adapter], True, operation, [identity])
+        return Kept.apply(x, own.get("bias"), lent, self._modules["sparse_weight_values"]._parameters[adapter])  # type: ignore[union-attr]
 
     def _built(self, tensor: str, adapters: list[str]) -> Tensor | None:
         if not adapters:
@@ -96,7 +128,7 @@ class SparseLayer(HeldEntries):
     def _bypassed(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         facts = base_facts(self.base_layer)
-        check = Lent(self, active, False, None).check
+        check = Lent(self, active, False, None, [self.identity(a) for a in active]).check
         for adapter in active:
             slot = self.slot(adapter, "weight")
             for index, values in slot.parts():
@@ -130,6 +162,7 @@ class SparseLayer(HeldEntries):
         self.in_place = InPlace()
         self.in_place.settle(getattr(self.base_layer, "weight", None))
         self._patterns: dict[Any, Tensor] = {}
+        self._quick = None
 
     def _stamp(self) -> tuple[Any, ...] | None:
         """What the base weight should hold: None for the pretrained weight."""
@@ -142,18 +175,17 @@ class SparseLayer(HeldEntries):
 
     def identity(self, adapter: str) -> tuple[Any, ...]:
         """(adapter, its index sets, its values): changes whenever the sets or the values do."""
-        values = self.sparse_values("weight", adapter)
-        info = info_of(values)
+        values = self._modules["sparse_weight_values"]._parameters[adapter]  # type: ignore[union-attr]
+        info = info_of(values)  # type: ignore[arg-type]
         written = (id(values), _version(values), info.writes if info else 0, CLOCK.unattributed)
         return adapter, self._sets(adapter), written
 
     def _sets(self, adapter: str) -> tuple[Any, ...]:
-        index, left = self._of("weight", "index")[adapter], self._of("weight", "left_index")
-        return (
-            self._moves[adapter],
-            _version(index),
-            adapter in left and (_version(left[adapter]), _version(self._of("weight", "left_values")[adapter])),
-        )
+        held = self._modules  # read directly: this runs in every forward of every layer
+        index = held["sparse_weight_index"]._buffers[adapter]  # type: ignore[union-attr]
+        left = held["sparse_weight_left_index"]._buffers.get(adapter)  # type: ignore[union-attr]
+        gone = held["sparse_weight_left_values"]._buffers.get(adapter)  # type: ignore[union-attr]
+        return self._moves[adapter], _version(index), _version(left), _version(gone)
 
     def sync(self) -> None:
         """Make the base weight hold what it should."""
@@ -201,6 +233,7 @@ class SparseLayer(HeldEntries):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.revert()
+        self._quick = None
         BaseTunerLayer.delete_adapter(self, adapter_name)
         self._options.pop(adapter_name, None)
         self._moves.pop(adapter_name, None)
@@ -283,8 +316,8 @@ class SparseLayer(HeldEntries):
         return self._patterns[key]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor | None) -> int:
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -21,10 +21,18 @@ __all__ = ["Lent"]
 class Lent:
     """A `products.Holder`: remembers which values the forward ran on, and refuses a backward on others."""
 
-    def __init__(self, layer: SparseLayer, adapters: list[str], in_place: bool, operation: Any):
+    __slots__ = ("adapters", "identities", "in_place", "layer", "module", "operation")
+
+    def __init__(
+        self, layer: SparseLayer, adapters: list[str], in_place: bool, operation: Any, identities: list[tuple[Any, ...]]
+    ):
         self.layer, self.adapters, self.in_place, self.operation = layer, adapters, in_place, operation
-        self.module = layer.base_layer
-        self.identities = [layer.identity(a) for a in adapters]
+        self.module = layer.base
+        self.identities = identities
+
+    def first_weight(self) -> Tensor:
+        """The weight in the forward itself: it has just been brought up to date."""
+        return self.module._parameters["weight"] if self.in_place else self.weight()
 
     def check(self) -> None:
         """Raise `RunFailed` unless the values are those of the forward."""

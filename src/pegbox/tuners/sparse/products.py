@@ -26,8 +26,11 @@ class Holder(Protocol):
     operation: Operation
     module: nn.Module
 
+    def first_weight(self) -> Tensor:
+        """The weight, in the forward."""
+
     def weight(self) -> Tensor:
-        """The weight as it was in the forward; raises if it can't be had back."""
+        """The weight as it was in the forward, in the backward; raises if it can't be had back."""
 
     def kept_gradient(self, which: int, g: Tensor, x: Tensor) -> Tensor:
         """(k,) the gradient of the `which`-th adapter's values."""
@@ -147,7 +150,7 @@ class Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, holder: Holder, *values: Tensor) -> Tensor:
-        y = holder.operation.forward(holder.module, x, holder.weight(), bias)
+        y = holder.operation.forward(holder.module, x, holder.first_weight(), bias)
         ctx.holder, ctx.x_shape, ctx.x_dtype = holder, x.shape, x.dtype
         if any(ctx.needs_input_grad[3:]):
             ctx.save_for_backward(x)  # read exactly once in backward: checkpointing allows no more
