@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pegbox.parts.statistics import StatSpec, collect
     from pegbox.recipe import Recipe, load_recipe
     from pegbox.run import Run, open_run, train
-    from pegbox.scoring import evaluate
     from pegbox.tuners.sparse import SparseConfig, callbacks_for
 
 __version__ = "0.1.0"
@@ -36,7 +35,6 @@ _HOMES = {
     "StatSpec": "pegbox.parts.statistics",
     "callbacks_for": "pegbox.tuners.sparse",
     "collect": "pegbox.parts.statistics",
-    "evaluate": "pegbox.scoring",
     "load": "pegbox.artefact:load_artefact",
     "load_recipe": "pegbox.recipe",
     "open_run": "pegbox.run",
@@ -53,8 +51,6 @@ __all__ = [
     "__version__",
     "callbacks_for",
     "collect",
-    "compare",
-    "evaluate",
     "load",
     "load_recipe",
     "open_run",
@@ -66,13 +62,6 @@ __all__ = [
 def register() -> None:
     """Register pegbox's tuners with PEFT now (imports PEFT). Done by itself once both are imported."""
     importlib.import_module("pegbox.tuners.sparse.model")
-
-
-def compare(recipes: Any, **settings: Any) -> Any:
-    """See `pegbox.compare.compare`."""
-    from pegbox.compare.engine import compare as run
-
-    return run(recipes, **settings)
 
 
 def __getattr__(name: str) -> Any:

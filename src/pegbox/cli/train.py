@@ -57,7 +57,9 @@ def train(
     run = start(recipe, **run_arguments(given), map=o.parse_map(map), progress=not json)
     if json:
         o.emit({"path": str(run.path), "status": run.status, "metrics": run.metrics.model_dump(mode="json")})
-    elif run.status != "checked":
+    elif dry_run:
+        typer.echo("All checks passed; nothing was trained.")
+    else:
         from pegbox.report import print_run
 
         print_run(run.path)

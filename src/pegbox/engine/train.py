@@ -312,12 +312,13 @@ class _Stage:
         return {"sampler": sampler} if hasattr(sampler, "load_state_dict") else {}
 
     def _row_names(self, ids: Sequence[int]) -> list[str]:
-        """Stable row ids for positions in the training set, where its examples carry one."""
-        names = []
-        for i in ids:
-            example = self.train_set[i] if 0 <= i < len(self.train_set) else {}
-            names.append(str(example.get("row_id", i)) if hasattr(example, "get") else str(i))
-        return names
+        """Stable row ids for a batch's `sample_ids`: the examples' own, or positions in the training set."""
+        known = {}
+        for i in range(len(self.train_set)):
+            example = self.train_set[i]
+            if hasattr(example, "get"):
+                known[int(example.get("sample_id", i))] = str(example.get("row_id", i))
+        return [known.get(i, str(i)) for i in ids]
 
     # ---- running
 

@@ -51,7 +51,7 @@ class Axis(Generic[C]):
     def __init__(self, name: str, base: type[C], package: str, default: str | None = None):
         self.name, self.base, self.package, self.default = name, base, package, default
         self._table: dict[str, type[C]] = {}
-        self._loaded = False
+        self._loaded = self._describing = False
         AXES[name] = self
 
     def register(self, cls: type[C]) -> type[C]:
@@ -105,8 +105,14 @@ class Axis(Generic[C]):
             raise explain(error, cls, self.name) from None
 
     def json_schema(self) -> JsonSchemaValue:
-        """The union of the schemas of all known kinds."""
-        return {"anyOf": [cls.model_json_schema() for cls in self.kinds().values()]}
+        """The union of the schemas of all known kinds; inside itself an axis is its kinds' names alone."""
+        if self._describing:
+            return {"type": "object", "properties": {"kind": {"enum": list(self.kinds())}}}
+        self._describing = True
+        try:
+            return {"anyOf": [cls.model_json_schema() for cls in self.kinds().values()]}
+        finally:
+            self._describing = False
 
     # An axis is used as a field's annotation: `select: Annotated[Selector, SELECT]`.
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
