@@ -104,16 +104,6 @@ class Axis(Generic[C]):
         except ValidationError as error:
             raise explain(error, cls, self.name) from None
 
-    def json_schema(self) -> JsonSchemaValue:
-        """The union of the schemas of all known kinds; inside itself an axis is its kinds' names alone."""
-        if self._describing:
-            return {"type": "object", "properties": {"kind": {"enum": list(self.kinds())}}}
-        self._describing = True
-        try:
-            return {"anyOf": [cls.model_json_schema() for cls in self.kinds().values()]}
-        finally:
-            self._describing = False
-
     # An axis is used as a field's annotation: `select: Annotated[Selector, SELECT]`.
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -124,7 +114,15 @@ class Axis(Generic[C]):
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return self.json_schema()
+        """The union of the schemas of all known kinds; inside itself an axis is its kinds' names alone."""
+        kinds = self.kinds()
+        if self._describing:
+            return {"type": "object", "properties": {"kind": {"enum": list(kinds)}}}
+        self._describing = True
+        try:
+            return handler(core_schema.union_schema([cls.__pydantic_core_schema__ for cls in kinds.values()]))
+        finally:
+            self._describing = False
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> BadInput:
