@@ -172,6 +172,7 @@ def main() -> int:
         for _ in range(8):
             where = kill_somewhere(fork(train, out, lora), out, draw, spans[lora])
             if where is None:
+                spans[lora] *= 0.8  # it was done before its moment came
                 break
             kills[where] += 1
         ends[finish(out, lora, whole[lora])] += 1
