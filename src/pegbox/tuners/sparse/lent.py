@@ -58,10 +58,10 @@ class Lent:
 
     def kept_gradient(self, which: int, g: Tensor, x: Tensor) -> Tensor:
         layer, adapter = self.layer, self.adapters[which]
-        slot, shape = layer.slot(adapter, "weight"), torch.Size(layer.shape_of("weight"))
         if g.is_meta:
-            return torch.empty_like(slot.values)
-        if layer.option(adapter, "gradient") == "sampled" and self.operation.sparse_product:
+            return torch.empty_like(layer.sparse_values("weight", adapter))
+        if self.operation.sparse_product and layer.option(adapter, "gradient") == "sampled":
             return sampled_product(layer.pattern(adapter), *self.operation.sides(g, x))
+        slot, shape = layer.slot(adapter, "weight"), torch.Size(layer.shape_of("weight"))
         dense = self.operation.dense_gradient(self.module, g, x, shape)
         return dense.reshape(-1)[slot.index.long()].to(slot.values.dtype)
