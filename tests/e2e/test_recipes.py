@@ -96,3 +96,26 @@ def test_the_same_seed_gives_the_same_weights(base, tmp_path):
     ]
     first, second = (r.model()[0].state_dict() for r in runs)
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_two_sparse_differences_over_one_base_compose(base, rows, tmp_path):
+    """theta = base + task + language, in any order (LT-SFT, section 3)."""
+    from pegbox.models import load
+
+    data = {"task": str(rows / "chat.jsonl"), "language": NETWORK}
+    for name, source in data.items():
+        pegbox.train("lt-sft", model=str(base), data=source, out=tmp_path / name, **{**COMMON, "steps": 4})
+    bare = dict(load(str(base))[0].named_parameters())
+    states = {n: _settled(pegbox.load(tmp_path / n)[0]) for n in data}
+    both = _settled(pegbox.load([tmp_path / "task", tmp_path / "language"])[0])
+    swapped = _settled(pegbox.load([tmp_path / "language", tmp_path / "task"])[0])
+    for name, weight in bare.items():
+        added = weight + (states["task"][name] - weight) + (states["language"][name] - weight)
+        assert torch.allclose(both[name], added, atol=1e-6), name
+        assert torch.allclose(both[name], swapped[name], atol=1e-6), name
+
+
+def _settled(model):
+    from pegbox.artefact import settle
+
+    return dict(settle(model).named_parameters())

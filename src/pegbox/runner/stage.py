@@ -345,7 +345,7 @@ class StageJob:
             ) as writer:
                 for preparation, folder, _ in records:
                     writer.add_recorded(preparation, folder)
-                writer.add_tuner(self.recipe.tuner, model)
+                writer.add_tuner(self.recipe.tuner, model, additive=self.recipe.tuner.additive)
                 writer.add_step(self.recipe.optim, outcome.states.get("step"))
                 if tokenizer is not None:
                     writer.add_tokenizer(tokenizer)

@@ -25,6 +25,7 @@ class Tuner(Component):
     needs_unsharded_base: ClassVar[bool] = False
     holds_vectors: ClassVar[bool] = True  # norms and biases too, not just matrices
     moves: ClassVar[frozenset[str]] = frozenset()  # the moves of a selection it can follow while training: slots, set
+    additive: ClassVar[bool] = False  # what it leaves is a difference that adds to others over the same base
     takes_factors: ClassVar[bool] = False  # begins at low-rank factors that a preparation took out of the weights
     rewrites_base: ClassVar[bool] = False  # the base's own tensors change during training
     keeps_causality: ClassVar[bool] = True

@@ -48,6 +48,11 @@ class SparseTuner(Tuner):
         return self.execution in {"in_place", "scatter"} or self.coordinates == "absolute"
 
     @property
+    def additive(self) -> bool:  # type: ignore[override]
+        """Differences add up; values in absolute coordinates do not."""
+        return self.coordinates == "delta"
+
+    @property
     def holds_vectors(self) -> bool:  # type: ignore[override]
         """A bypass is a second product beside the base's; a norm or a bias has none."""
         return self.execution != "bypass"
