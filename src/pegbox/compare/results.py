@@ -55,7 +55,7 @@ def assemble(plan: Plan, imported: Sequence[Path] = ()) -> Comparison:
     if reference in runs and len(runs) > 1:
         _judge(entries, runs, reference, plan.settings.margin)
     found = Comparison(
-        title=f"{len(plan.rows)} recipes on {', '.join(plan.lock.data['sources'])}",
+        title=f"{len(plan.rows)} recipes on {_trained_on(plan)}",
         model=plan.lock.model,
         data=", ".join(plan.lock.data["sources"]),
         primary=primary,
@@ -71,6 +71,11 @@ def assemble(plan: Plan, imported: Sequence[Path] = ()) -> Comparison:
     found.save(plan.folder / "comparison.json")
     write_report(found, ("html", "csv"), out=plan.folder)
     return found
+
+
+def _trained_on(plan: Plan) -> str:
+    data = plan.settings.run.get("data")
+    return ", ".join(str(source) for source in (data if isinstance(data, list) else [data]))
 
 
 # ---- free rows: the base, and the base with examples in its prompt
