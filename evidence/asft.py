@@ -152,8 +152,8 @@ def main() -> None:
         "slug": "asft",
         "claim": "A small KL to the base stops DFT's forgetting at little cost in what is learnt.",
         "chosen": (
-            "a first form (sequences of 32, FFN 128, gradients clipped at 1) failed three of five checks on seed 0; the "
-            "setting was changed on seed 0's result, so seeds 1 and 2 alone are fresh"
+            "a first form (sequences of 32, FFN 128, gradients clipped at 1) failed three of five checks on seed 0; "
+            "the setting was changed on seed 0's result, so seeds 1 and 2 alone are fresh"
         ),
         "baseline": "sft and dft, same data, order, steps and rate",
         "method": "asft with lam 0.05 and 0.1, forward KL",

@@ -79,8 +79,12 @@ def test_steps(path, restore):
         model.get_parameter(name).requires_grad_(False)
     step = OPTIM.validate(
         {
-            "kind": "mezo", "lr": settings["lr"], "eps": settings["eps"], "scheme": "sequential",
-            "weight_decay": settings["weight_decay"], "restore": restore,
+            "kind": "mezo",
+            "lr": settings["lr"],
+            "eps": settings["eps"],
+            "scheme": "sequential",
+            "weight_decay": settings["weight_decay"],
+            "restore": restore,
         }
     )
     problem = Batches(model, data)
