@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow test-browser lint format docs wheel clean
+.PHONY: help setup demo test test-slow test-browser notebooks lint format docs wheel clean
 
 help:
 	@echo "make demo         fine-tune a real model in three ways and open the report (about 15 minutes)"
@@ -35,6 +35,9 @@ test-slow: setup
 
 test-browser: setup
 	$(BIN)/pytest -m browser
+
+notebooks: setup
+	$(BIN)/pytest -m slow tests/docs/test_notebooks.py
 
 lint: setup
 	$(BIN)/ruff check .
