@@ -9,6 +9,7 @@ Ratios are the result; seconds belong to the machine named in the JSON.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -108,9 +109,9 @@ def step(model: Any, ids: torch.Tensor, autocast: bool) -> None:
     loss.backward()
 
 
-def interleaved(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each job (one thread: other processes hardly disturb them) over rounds in which all take
-    their turn; one round to warm up."""
+def taken(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each job (one thread: other processes hardly disturb them) in rounds in which all take their turn;
+    one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
@@ -118,7 +119,12 @@ def interleaved(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
             job()
             if turn:
                 times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def interleaved(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each job."""
+    return {name: statistics.median(values) for name, values in taken(jobs, rounds).items()}
 
 
 def steps(models: dict[str, Any], tokens: int, autocast: bool, rounds: int) -> dict[str, Any]:
@@ -156,10 +162,15 @@ def steps(models: dict[str, Any], tokens: int, autocast: bool, rounds: int) -> d
 
 
 def forwards(blocks: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Forward alone at 1 % density: the base's, ours with nothing to write, ours with all values to write."""
+    """Forward alone at 1 % density: the base's, ours with nothing to write, ours with all values to write.
+
+    The base is a second set of modules over the very same weights, so that memory layout has no part in the ratio;
+    ratios are medians over rounds of neighbours.
+    """
     ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0))
-    frozen, model = base(blocks), base(blocks)
-    model = get_peft_model(model, SparseConfig(select={"kind": "random", "budget": {"density": 0.01}}))
+    bare = base(blocks)
+    frozen = copy.deepcopy(bare, {id(p): p for p in bare.parameters()})
+    model = get_peft_model(bare, SparseConfig(select={"kind": "random", "budget": {"density": 0.01}}))
     values = [p for p in model.parameters() if p.requires_grad]
 
     def quiet(net: Any) -> None:
@@ -177,14 +188,14 @@ def forwards(blocks: int, tokens: int, rounds: int) -> dict[str, Any]:
             for p in values:
                 p.add_(0.0)
 
-    seconds = interleaved(
-        {"base": lambda: quiet(frozen), "sparse": lambda: quiet(model), "pending": pending, "change": change_only},
-        rounds,
-    )
+    jobs = {"base": lambda: quiet(frozen), "sparse": lambda: quiet(model), "pending": pending, "change": change_only}
+    times = taken(jobs, 4 * rounds)
+    pairs = zip(times["sparse"], times["base"], strict=True)
+    written = zip(times["pending"], times["change"], times["base"], strict=True)
     return {
-        "seconds": seconds,
-        "over_base": seconds["sparse"] / seconds["base"],
-        "pending_over_base": (seconds["pending"] - seconds["change"]) / seconds["base"],
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "over_base": statistics.median(s / b for s, b in pairs),
+        "pending_over_base": statistics.median((p - c) / b for p, c, b in written),
     }
 
 

@@ -116,6 +116,8 @@ class SparseLayer(HeldEntries):
         stamp = (*identity, CLOCK.now)
         if not held.up_to_date(stamp):
             held.write(stamp, self.slot(adapter, "weight"))
+        if not torch.is_grad_enabled():
+            return operation.forward(self.base_layer, x, own["weight"], own.get("bias"))
         lent = Lent(self, [adapter], True, operation, [identity])
         return Kept.apply(x, own.get("bias"), lent, self._modules["sparse_weight_values"]._parameters[adapter])  # type: ignore[union-attr]
 
@@ -322,7 +324,7 @@ def _version(tensor: Tensor | None) -> int:
 
 def _has_hooks(module: nn.Module) -> bool:
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or hasattr(module, "_hf_hook")  # accelerate's replaces the forward
+    return bool(own) or "_hf_hook" in module.__dict__  # accelerate's replaces the forward
 
 
 def _revert_before_state_dict(layer: Any, *args: Any) -> None:
