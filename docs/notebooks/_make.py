@@ -27,8 +27,8 @@ rows.write_text("".join(
 
 NOTEBOOKS = {
     "first_run": [
-        "# A first run\n\nThe same steps as on a real model, on one that is small enough to train in seconds: it learns "
-        "nothing useful, and shows what there is.",
+        "# A first run\n\nThe same steps as on a real model, on one that is small enough to train in seconds: it "
+        "learns nothing useful, and shows what there is.",
         (SETUP,),
         "## Train\n\nEverything is checked before a weight is loaded.",
         (
