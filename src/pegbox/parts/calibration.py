@@ -88,7 +88,8 @@ def bootstrap(
     value = float(total((x * w).sum() / w.sum()))
     if weights is None and not exp and value in (0.0, 1.0) and (x == value).all():
         miss = 1 - ((1 - level) / 2) ** (1 / len(x))
-        return Interval(value, *((0.0, miss) if value == 0 else (1 - miss, 1.0)), len(x))
+        low, high = (0.0, miss) if value == 0 else (1 - miss, 1.0)
+        return Interval(value, low, high, len(x))
     if len(x) == 1:
         return Interval(value, value, value, 1)
     draws = np.concatenate([(c @ (x * w)) / (c @ w) for c in _resampled(len(x), samples, np.random.default_rng(seed))])
