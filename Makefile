@@ -8,7 +8,7 @@ WORKERS ?= 2
 .PHONY: help setup demo test test-slow test-browser notebooks lint format docs wheel clean
 
 help:
-	@echo "make demo         fine-tune a real model in three ways and open the report (about 15 minutes)"
+	@echo "make demo         fine-tune a real model in three ways and write the page that compares them (about 20 minutes)"
 	@echo "make test         quick tests (at most 10 minutes on 2 cores)"
 	@echo "make test-slow    everything else: real models and data, browsers, several processes"
 	@echo "make lint         ruff, mypy, import-linter"
