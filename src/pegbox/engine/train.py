@@ -58,7 +58,7 @@ class TrainOutcome:
     Args:
         status: "finished" or "stopped_early".
         steps: finished optimizer steps (the model holds the best ones' weights if `select` was best).
-        log: every record of this session, as dicts.
+        log: every record since this call began, as dicts.
         cost: what it used.
         best: {"step", "metric", "value"} of the best evaluation, if there was one.
         states: the components' states at the end: "objective", "step", "data.0", ...
