@@ -1,0 +1,1 @@
+"""What the axes are made of, and what knows no method."""
