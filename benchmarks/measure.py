@@ -1,4 +1,4 @@
-"""What every benchmark does alike: a model of SmolLM2-135M's block shape, fair timing, bytes saved, and the result file.
+"""What every benchmark does alike: a model of SmolLM2-135M's block shape, fair timing, saved bytes, a result file.
 
 Two things are compared in one process, in turns: what the machine does besides then meets both. Seconds are the
 process's own CPU time unless wall time is asked for; ratios are of the medians, after one warm-up of each.
