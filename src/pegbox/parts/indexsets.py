@@ -33,6 +33,8 @@ __all__ = [
     "matrix_shape",
     "overlap",
     "per_row_top",
+    "random_entries",
+    "row_top",
     "to_mask",
     "top_entries",
     "top_entries_across",
@@ -42,6 +44,7 @@ __all__ = [
 Scope = Literal["per_tensor", "per_block", "global"]
 BYTES_PER_ENTRY = 8  # of an artefact: an int32 position and a float32 value
 Shape = tuple[int, ...]
+_AT_ONCE = 1 << 24  # entries ranked at a time
 
 
 class Budget(BaseModel):
@@ -205,11 +208,49 @@ def top_entries(score: Tensor, count: int) -> Tensor:
     return from_mask(above)
 
 
+def row_top(score: Tensor, count: int) -> Tensor:
+    """(rows, min(count, columns)) ascending column numbers of the largest scores of each row; ties: lowest column."""
+    rows, columns = score.shape
+    count = min(count, columns)
+    if count == columns:
+        return torch.arange(columns, device=score.device).expand(rows, -1).contiguous()
+    step = max(1, _AT_ONCE // columns)
+    return torch.cat([_row_top(score[start : start + step], count) for start in range(0, rows, step)])
+
+
+def _row_top(score: Tensor, count: int) -> Tensor:
+    top = score.topk(count, dim=1)
+    threshold = top.values[:, -1:]
+    chosen = top.indices
+    tied = (score == threshold).sum(1) > (top.values == threshold).sum(1)  # topk chose among equals
+    if bool(tied.any()):
+        rows = tied.nonzero().flatten()
+        some, limit = score[rows], threshold[rows]
+        above, equal = some > limit, some == limit
+        missing = count - above.sum(1, keepdim=True)
+        keep = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
+        chosen[rows] = keep.nonzero()[:, 1].view(len(rows), count)
+    return chosen.sort(dim=1).values
+
+
 def per_row_top(score: Tensor, count: int) -> Tensor:
     """The `count` positions of largest score in each row of a matrix, as flat positions."""
-    rows, columns = score.shape
-    picked = [top_entries(score[row], count).long() + row * columns for row in range(rows)]
-    return torch.cat(picked).to(index_dtype(score.numel()))
+    columns = row_top(score, count)
+    starts = torch.arange(score.shape[0], device=score.device)[:, None] * score.shape[1]
+    return (columns + starts).flatten().to(index_dtype(score.numel()))
+
+
+def random_entries(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of `total` positions drawn without replacement, sorted; memory in proportion to `count`."""
+    if count >= total:
+        return everything(total)
+    if 2 * count > total:
+        return from_mask(~to_mask(random_entries(total, total - count, generator), (total,)))
+    chosen = torch.empty(0, dtype=torch.int64)
+    while chosen.numel() < count:  # a set that grows by random new members is a random set
+        more = torch.randint(total, (count - chosen.numel(),), generator=generator)
+        chosen = torch.cat([chosen, more]).unique()
+    return chosen.to(index_dtype(total))
 
 
 def top_entries_across(scores: Sequence[Tensor], count: int) -> list[Tensor]:
