@@ -29,7 +29,7 @@ def demo(
     """
     from pegbox.compare import compare
 
-    steps, tests = (4, 12) if quick else (32, 48)
+    steps, tests = (4, 12) if quick else (24, 36)
     return compare(
         [named(recipe) for recipe in RECIPES],
         out=out,

@@ -20,7 +20,7 @@ from pegbox.recipe import Recipe, load_recipe, override, parse_override, parse_y
 from pegbox.spec import RunSpec
 from pegbox.workspace import Workspace, read_spec
 
-__all__ = ["Run", "build_spec", "execute", "load_spec", "open_run", "preview", "schema_of", "train"]
+__all__ = ["Run", "build_spec", "execute", "load_spec", "open_run", "preview", "schema_of", "split_overrides", "train"]
 
 RUN_KEYS = ("train", "rows", "evaluation", "seed", "precision", "device", "attention", "trust_remote_code")
 
@@ -200,12 +200,21 @@ def build_spec(
         if value is not None:
             override(block, key, value)
     _set_length(block, epochs=epochs, steps=steps, tokens=tokens)
-    for text in overrides:
-        key, value = parse_override(text)
-        override(block if key.split(".")[0] in RUN_KEYS else block["recipe"], key, value)
+    for_run, for_recipe = split_overrides(overrides)
+    for target, texts in ((block, for_run), (block["recipe"], for_recipe)):
+        for text in texts:
+            override(target, *parse_override(text))
     if not block.get("model"):
         raise BadInput("No model. Give --model: a hub id, a local folder, a GGUF file, or smollm2-135m-q4.")
     return RunSpec.of(block)
+
+
+def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(those of the run's own settings, those of its recipe), told apart by their first key."""
+    found: tuple[list[str], list[str]] = ([], [])
+    for text in overrides:
+        found[parse_override(text)[0].split(".")[0] not in RUN_KEYS].append(text)
+    return found
 
 
 def _starting_block(recipe: Any, resume_from: Path | None) -> dict[str, Any]:

@@ -66,8 +66,19 @@ def compare(
     given.pop("yes")
     found = run_compare(**run_arguments(given))
     if json:
-        o.emit(found.plain())
-    else:
-        from rich.console import Console
+        o.emit(found if isinstance(found, list) else found.plain())
+        return
+    from rich.console import Console
 
-        Console().print(found)
+    Console().print(_cells(found) if isinstance(found, list) else found)
+
+
+def _cells(cells: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None)
+    for heading in ("cell", "status", "reason", "folder"):
+        table.add_column(heading)
+    for cell in cells:
+        table.add_row(*(str(cell[key]) for key in ("cell", "status", "reason", "folder")))
+    return table

@@ -35,6 +35,7 @@ from pegbox.compare.settings import (
 from pegbox.errors import BadInput, Stopped
 from pegbox.parts.files import lock_folder, read_json, write_json
 from pegbox.parts.plugins import load_plugins
+from pegbox.run import split_overrides
 
 __all__ = ["LONG", "Plan", "compare"]
 
@@ -123,7 +124,7 @@ def compare(
         recipes: names, files or mappings. add: further rows for the comparison in `out`. import_run: finished runs to
             show as rows, marked as imported.
         seeds, trials, budget, match, select, margin, reference: see `pegbox compare --help`.
-        suite: suites to evaluate. overrides: laid over every recipe. run: see `pegbox.run.build_spec`.
+        suite: suites to evaluate. overrides: laid over every row's settings. run: see `pegbox.run.build_spec`.
         list_cells: run nothing; the result's `cells` say how each stands. cell: run just that one ("lift/seed-1").
         jobs: cells at once, in processes of their own.
         estimate: measure a few steps first and say how long all will take.
@@ -138,7 +139,12 @@ def compare(
     if suite is not None:
         run["suites"] = list(suite)
     given = {"seeds": seeds, "trials": trials, "budget": budget, "match": match, "select": select, "margin": margin}
-    settings = _settings(folder, given, run, reference, list(overrides))
+    for_run, for_recipe = split_overrides(overrides)
+    if any(text.startswith("seed=") for text in for_run):
+        raise BadInput("A comparison has seeds of its own, the same for all rows. Say how many: --seeds 3.")
+    if for_run:
+        run["overrides"] = for_run
+    settings = _settings(folder, given, run, reference, for_recipe)
     with lock_folder(_made(folder)) if not (list_cells or cell) else _nothing():
         plan = _plan(folder, settings, list(recipes or []), list(add), say)
         if list_cells:
@@ -277,7 +283,8 @@ def _run_all(plan: Plan, cells: list[Cell], jobs: int, progress: bool, say: Call
     open_cells = [c for c in cells if outcome_of(c, plan.folder).status in {"missing", "stopped"}]
     if jobs > 1 and len(open_cells) > 1:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda c: _in_process(plan, c), open_cells))
+            for c, error in zip(open_cells, pool.map(lambda c: _in_process(plan, c), open_cells), strict=True):
+                say(f"{c.key}: {error or outcome_of(c, plan.folder).status}")
         return
     for number, c in enumerate(open_cells, 1):
         began = time.perf_counter()
@@ -287,9 +294,11 @@ def _run_all(plan: Plan, cells: list[Cell], jobs: int, progress: bool, say: Call
         say(f"    {outcome.status} in {time.perf_counter() - began:.0f} s{reason}")
 
 
-def _in_process(plan: Plan, c: Cell) -> None:
+def _in_process(plan: Plan, c: Cell) -> str:
+    """Run a cell in a process of its own; its error's last line if it could not even be run, else ""."""
     command = [sys.executable, "-m", "pegbox.cli", "compare", "--out", str(plan.folder), "--cell", c.key, "--json"]
-    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def _one_cell(plan: Plan, key: str, progress: bool) -> list[dict[str, Any]]:
@@ -297,8 +306,7 @@ def _one_cell(plan: Plan, key: str, progress: bool) -> list[dict[str, Any]]:
     row = find_row(plan.rows, name)
     for c in plan.cells():
         if c.row.name == row.name and c.label == label:
-            with lock_folder(_made(c.folder(plan.folder).parent)):
-                run_cell(c, plan.spec(c), plan.folder, progress=progress)
+            run_cell(c, plan.spec(c), plan.folder, progress=progress)  # the run locks its own folder
             return [entry for entry in listing(plan) if entry["cell"] == key]
     known = ", ".join(c.key for c in plan.cells() if c.row.name == name)
     raise BadInput(f"No cell '{key}' yet. There are: {known}. Final cells appear once the row's trials have run.")

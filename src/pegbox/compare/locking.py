@@ -39,7 +39,7 @@ def make_lock(settings: CompareSettings) -> Lock:
             "budget": settings.budget,
             "match": settings.match,
             "select": settings.select,
-            "overrides": list(settings.overrides),
+            "overrides": [*settings.run.get("overrides", []), *settings.overrides],
         },
         evaluation={"suites": Suites(spec, data).versions(), "decoding": "greedy", "margin": settings.margin},
         seeds=settings.report_seeds,

@@ -22,7 +22,7 @@ from pegbox.errors import BadInput, RunFailed
 from pegbox.parts.files import lock_folder, write_json
 from pegbox.parts.plugins import load_plugins
 from pegbox.recipe import load_recipe, parse_override, parse_yaml
-from pegbox.run import build_spec
+from pegbox.run import build_spec, split_overrides
 
 __all__ = ["Field", "Sweep", "parse_field", "points", "sweep"]
 
@@ -127,8 +127,9 @@ def sweep(
     if not swept:
         raise BadInput("Nothing to sweep: give at least one range (key=low:high) or list (key=a,b,c).")
     fixed = [f"{key}={_text(value)}" for key, value in (f for f in parsed if not isinstance(f, Field))]
-    row = row_of(Path(recipe).stem, load_recipe(recipe, fixed))
-    settings = CompareSettings(run={"model": model, "data": data, **run}, select="last", trials=0)
+    for_run, for_recipe = split_overrides(fixed)
+    row = row_of(Path(recipe).stem, load_recipe(recipe, for_recipe))
+    settings = CompareSettings(run={"model": model, "data": data, "overrides": for_run, **run}, select="last", trials=0)
     cells = [
         Cell(row, f"trial-{i}-{_name(s)}", seed, tuple(s.items())) for i, s in enumerate(points(swept, trials, seed))
     ]
