@@ -160,7 +160,18 @@ def moving_selection(recipe: Recipe, facts: Facts) -> str | None:
             f"optim '{recipe.optim.kind}' stores its run as directions over fixed entries, so the selection can't "
             "move during it; leave out select.schedule."
         )
+    missing = recipe.select.needs_state - recipe.optim.keeps
+    if missing:
+        return (
+            f"select '{recipe.select.kind}' moves by the optimizer's {' and '.join(sorted(missing))}, which optim "
+            f"'{recipe.optim.kind}' does not keep; use "
+            + " or ".join(_KEEPERS[name] for name in sorted(missing))
+            + ", or another growth rule."
+        )
     return None
+
+
+_KEEPERS = {"moments": "optim: {kind: aged_adamw} (or adamw)", "rows_columns": "optim: {kind: sm3}"}
 
 
 @rule
@@ -208,4 +219,17 @@ def preparations(recipe: Recipe, facts: Facts) -> str | None:
                 "Put it before the quantization, or load the base in fp32 or bf16."
             )
         packed = packed or part.packs_base
+    return None
+
+
+@rule
+def analyses_are_run(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.analyze and not type(recipe.protocol).analyzes:
+        return (
+            f"protocol '{recipe.protocol.kind}' runs no analyses; leave `analyze:` out, and look at the finished run "
+            "with a recipe of protocol: posthoc."
+        )
+    causal = [part.kind for part in recipe.analyze if type(part).needs_causal_model]
+    if causal and not recipe.task.causal:
+        return f"analyze '{causal[0]}' works on causal language models; task '{recipe.task.kind}' has none."
     return None

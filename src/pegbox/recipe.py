@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pegbox.analyze.base import ANALYZE, Analysis
 from pegbox.data.base import DATA, DataPolicy
 from pegbox.errors import BadInput, did_you_mean
 from pegbox.objectives.base import OBJECTIVE, Objective
@@ -72,6 +73,7 @@ class Recipe(BaseModel):
     data: list[Annotated[DataPolicy, DATA]] = Field(default_factory=list)
     protocol: Annotated[Protocol, PROTOCOL] = Field(default_factory=lambda: PROTOCOL.validate({}))
     weights: list[Annotated[WeightOp, WEIGHTS]] = Field(default_factory=list)
+    analyze: list[Annotated[Analysis, ANALYZE]] = Field(default_factory=list)
     models: dict[str, Role] = Field(default_factory=dict)
     knobs: Knobs = Knobs()
 
@@ -91,8 +93,8 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """12 hex digits over everything that changes what is trained (not title, paper, summary)."""
-        body = {k: v for k, v in self.plain().items() if k not in {"title", "paper", "summary", "knobs"}}
+        """12 hex digits over everything that changes what is trained (not title, paper, summary, analyses)."""
+        body = {k: v for k, v in self.plain().items() if k not in {"title", "paper", "summary", "knobs", "analyze"}}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
 
     def get(self, dotted: str) -> Any:

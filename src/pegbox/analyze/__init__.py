@@ -1,1 +1,5 @@
-"""What changed inside a tuned model."""
+"""The analysis axis: what changed inside a tuned model. Importing this package registers the built-in kinds."""
+
+from pegbox.analyze.base import ANALYZE, Analysis, Subject
+
+__all__ = ["ANALYZE", "Analysis", "Subject"]

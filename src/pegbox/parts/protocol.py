@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from typing import Protocol as TypingProtocol
 
 from pegbox.parts.component import Axis, Component
+from pegbox.parts.findings import Finding
 from pegbox.parts.results import Cost, Measurement, Metrics
 
 __all__ = ["BASE", "PROTOCOL", "ModelRef", "Protocol", "Report", "Runner", "StageResult"]
@@ -51,6 +52,7 @@ class Runner(TypingProtocol):
 
     suites: tuple[str, ...]  # what this run evaluates, "target" first where there are target rows
     has_operations: bool  # whether the recipe has weight operations
+    has_analyses: bool  # whether the recipe has analyses
 
     def stage(self, patch: Mapping[str, Any], *, start: ModelRef = BASE, name: str) -> StageResult:
         """Run one stage: the recipe with `patch` laid over it, from `start`.
@@ -66,6 +68,9 @@ class Runner(TypingProtocol):
     def evaluate(self, ref: ModelRef, suite: str) -> Measurement:
         """Score a model on a suite ("target", "retention", or a task's name)."""
 
+    def analyze(self, ref: ModelRef | None = None) -> list[Finding]:
+        """Run the recipe's analyses on the base and `ref`; None: on the base and each model that the recipe names."""
+
     def generate(self, ref: ModelRef, messages: list[list[dict[str, Any]]]) -> list[str]:
         """Greedy answers of a model."""
 
@@ -74,6 +79,7 @@ class Protocol(Component):
     """The story of a run, told in calls to the runner."""
 
     trains: ClassVar[bool] = True
+    analyzes: ClassVar[bool] = False  # runs the recipe's analyses at its end
 
     def run(self, runner: Runner) -> Report:
         """Tell the story; raise `PegboxError`s of the runner unchanged."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pegbox.parts.protocol import BASE, PROTOCOL, ModelRef, Protocol, Report, Runner
 from pegbox.parts.results import Cost, Measurement, Metrics
 
-__all__ = ["Single", "measure", "total_cost"]
+__all__ = ["Single", "findings", "measure", "total_cost"]
 
 
 @PROTOCOL.register
@@ -19,6 +19,8 @@ class Single(Protocol):
 
     kind: Literal["single"] = "single"
 
+    analyzes: ClassVar[bool] = True
+
     def run(self, runner: Runner) -> Report:
         before = measure(runner, BASE)
         stages = [runner.stage({}, name="train")]
@@ -26,12 +28,20 @@ class Single(Protocol):
             stages.append(runner.stage({"do": "apply"}, start=stages[0].end, name="apply"))
         end, cost = stages[-1].end, stages[0].cost
         cost = cost.model_copy(update={"seconds": sum(stage.cost.seconds for stage in stages)})
-        return Report(Metrics(before=before, after=measure(runner, end), cost=cost), final=end)
+        after = measure(runner, end)
+        return Report(Metrics(before=before, after=after, cost=cost, extra=findings(runner, end)), final=end)
 
 
 def measure(runner: Runner, ref: ModelRef) -> dict[str, Measurement]:
     """Every suite of the run on one model."""
     return {suite: runner.evaluate(ref, suite) for suite in runner.suites}
+
+
+def findings(runner: Runner, ref: ModelRef | None = None) -> dict[str, Any]:
+    """What the recipe's analyses found on a model, as `Metrics.extra` holds it; {} where it has none."""
+    if not runner.has_analyses:
+        return {}
+    return {"findings": [found.model_dump(mode="json") for found in runner.analyze(ref)]}
 
 
 def total_cost(costs: list[Cost]) -> Cost:

@@ -27,8 +27,10 @@ def check_spec(spec: RunSpec) -> None:
     check(spec.recipe, facts_of(spec))
     if spec.recipe.protocol.trains and not spec.rows.train:
         raise BadInput("No training rows. Give --data: a file, a folder, a hub id, or the built-in 'network'.")
-    if not spec.recipe.protocol.trains and not spec.recipe.weights:
-        raise BadInput("This recipe neither trains nor has weight operations; add a `weights:` list to it.")
+    if not spec.recipe.protocol.trains and not spec.recipe.weights and not spec.recipe.analyze:
+        raise BadInput(
+            "This recipe neither trains nor has weight operations or analyses; add `weights:` or `analyze:`."
+        )
     for suite in spec.evaluation.suites:
         _check_suite(suite)
 

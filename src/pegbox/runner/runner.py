@@ -22,6 +22,7 @@ from pegbox.models import resolve
 from pegbox.parts.allocation import Allocation
 from pegbox.parts.component import explain
 from pegbox.parts.files import read_json, write_json
+from pegbox.parts.findings import Finding
 from pegbox.parts.protocol import BASE, ModelRef, Report, StageResult
 from pegbox.parts.results import Cost, Measurement
 from pegbox.recipe import Recipe, dump_yaml, merge
@@ -57,6 +58,7 @@ class RecipeRunner:
         self.measuring = Suites(spec, self.data)
         self.suites = self.measuring.names
         self.has_operations = bool(spec.recipe.weights)
+        self.has_analyses = bool(spec.recipe.analyze)
         self._opened: tuple[ModelRef, Opened] | None = None
 
     def recheck_with_rows(self) -> None:
@@ -238,6 +240,16 @@ class RecipeRunner:
         if kept is not None and _main():
             self.measuring.write(kept, found)
         return found
+
+    def analyze(self, ref: ModelRef | None = None) -> list[Finding]:
+        """See `Runner.analyze`."""
+        from pegbox.runner.analysis import analyze
+
+        self._opened = None
+        folder = None if ref is None else self._artefact_of(ref)
+        named = None if folder is None else (self.workspace.folder.name, folder)
+        place = self.workspace.file("analysis")
+        return analyze(self.spec, self.data, self.measuring, self.source, place, named)
 
     def _kept_evaluation(self, ref: ModelRef, suite: str) -> Path | None:
         name = suite.replace(":", "-").replace("/", "-")

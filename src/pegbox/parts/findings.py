@@ -1,0 +1,81 @@
+"""What an analysis found, as plain data that a report shows: numbers, tables and pictures, with a note on each.
+
+`metrics.json` holds findings under `extra.findings`. They need no model to be read again, and what draws them
+(`pegbox.report`) knows no analysis.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pegbox.errors import BadInput
+
+__all__ = ["Finding", "Grid", "Picture", "Series"]
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Series(_Plain):
+    """One line, one set of points, or one set of bars of a picture: lists of equal length."""
+
+    name: str = ""
+    xs: list[float]
+    ys: list[float]
+    dashed: bool = False
+
+    @model_validator(mode="after")
+    def _alike(self) -> Series:
+        if len(self.xs) != len(self.ys):
+            raise BadInput(f"series '{self.name}' has {len(self.xs)} x and {len(self.ys)} y; give pairs.")
+        return self
+
+
+class Picture(_Plain):
+    """A plot. `key` names its file; `form`: lines through the points, points alone, or bars from zero."""
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    form: Literal["lines", "points", "bars"] = "lines"
+    log_x: bool = False
+    log_y: bool = False
+
+
+class Grid(_Plain):
+    """A table: a title, its columns' headings, and rows of as many numbers or texts (None: not known)."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[float | int | str | None]]
+
+    @model_validator(mode="after")
+    def _alike(self) -> Grid:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise BadInput(f"table '{self.title}': a row of {len(row)} under {len(self.columns)} headings.")
+        return self
+
+
+class Finding(_Plain):
+    """The result of one analysis on one model.
+
+    Args:
+        kind: the analysis. subject: what was looked at (a run's name, or a role).
+        numbers: the headline values by name. details: anything else as plain JSON values, not shown.
+        notes: what the reader must know to read the numbers.
+    """
+
+    kind: str
+    title: str
+    subject: str = ""
+    numbers: dict[str, float] = Field(default_factory=dict)
+    tables: list[Grid] = Field(default_factory=list)
+    pictures: list[Picture] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    details: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,182 @@
+"""Analyses in a run: the models they look at are opened on first use, one subject after another.
+
+A subject is a stage's end, or a model that the recipe names by role (a run, or any model). Where a tuned model is one
+adapter over the bare base, base and tuned model share their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.artefact import artefact_folder, read, settle
+from pegbox.errors import BadInput
+from pegbox.models import resolve
+from pegbox.parts.findings import Finding
+from pegbox.parts.pairs import ModelPair
+from pegbox.parts.results import Measurement
+from pegbox.parts.task import Task
+from pegbox.parts.view import Batch
+from pegbox.recipe import Recipe
+from pegbox.runner.data import RunData
+from pegbox.runner.opening import Opened, open_artefact, open_base
+from pegbox.runner.suites import Suites
+from pegbox.spec import DataSettings, RunSpec
+
+__all__ = ["LiveSubject", "analyze"]
+
+
+class LiveSubject:
+    """See `pegbox.analyze.base.Subject`.
+
+    Args:
+        artefact: the tuned model's artefact folder. model: or a plain model's name, where it is none.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        data: RunData,
+        measuring: Suites,
+        source: Any,
+        *,
+        name: str,
+        folder: Path,
+        artefact: Path | None = None,
+        model: str | None = None,
+    ):
+        self.spec, self.data, self.measuring, self.source = spec, data, measuring, source
+        self.name, self.folder, self.seed = name, folder, spec.seed
+        self.task: Task = spec.recipe.task
+        self.artefact, self.model = artefact, model
+        self._tuned: Opened | None = None
+        self._base: Opened | None = None
+
+    # ---- models
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.tuned().tokenizer
+
+    def tuned(self) -> Opened:
+        """The tuned model as it stands."""
+        if self._tuned is None:
+            if self.artefact is not None:
+                self._tuned = open_artefact(self.spec, self.artefact)
+            else:
+                assert self.model is not None
+                other = resolve(self.model)
+                self._tuned = open_base(self.spec, self.spec.recipe, other, labels=self._labels, prepared=False)
+        return self._tuned
+
+    def base(self) -> Opened:
+        """The bare base."""
+        if self._base is None:
+            self._base = open_base(self.spec, self.spec.recipe, self.source, labels=self._labels, prepared=False)
+        return self._base
+
+    @property
+    def _labels(self) -> int:
+        return len(self.data.labels)
+
+    def pair(self) -> ModelPair:
+        tuned = self.tuned()
+        if self._is_one_adapter() and hasattr(tuned.model, "peft_config"):
+            return ModelPair(tuned.model)
+        base = self.base()
+        both = (tuned.tokenizer, base.tokenizer) if tuned.tokenizer is not None and base.tokenizer is not None else None
+        return ModelPair(tuned.model, base.model, both)
+
+    def _is_one_adapter(self) -> bool:
+        """Whether the tuned model with its adapters off is the bare base."""
+        if self.artefact is None:
+            return False
+        parts = [part for part in read(self.artefact, verify=False).parts if part.kind not in ("data", "json")]
+        return [part.kind for part in parts] == ["adapter"]
+
+    def weights(self) -> tuple[nn.Module, Mapping[str, Tensor], Mapping[str, Tensor]]:
+        tuned = _state(settle(self.tuned().model))
+        self._tuned = None  # its adapter is gone; opened anew if it is asked for
+        base = self.base()
+        self._base = None
+        return base.model, {k: v.clone() for k, v in _state(base.model).items()}, tuned
+
+    # ---- rows
+
+    def rows(self, source: Any = None) -> list[Any]:
+        data = self.data if source is None else self._other(source)
+        if not data.target:
+            raise BadInput("The analysis needs rows to look at. Give --data: a file, a hub id, or 'network'.")
+        return data.target[: self.spec.evaluation.limit]
+
+    def batches(self, rows: Sequence[Any], size: int = 8) -> Iterator[Batch]:
+        opened = self._tuned or self._base or self.tuned()
+        examples = list(self.data.encode(list(rows), self.task, opened.tokenizer))
+        collate = self.task.collator(opened.tokenizer)
+        device = next(opened.model.parameters()).device
+        for start in range(0, len(examples), size):
+            batch = collate(examples[start : start + size])
+            yield {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+    def define(self, suite: str, source: Any) -> None:
+        self.measuring.define(suite, self._other(source))
+
+    def measure(self, model: nn.Module, suite: str) -> Measurement:
+        opened = self._tuned or self._base or self.base()
+        return self.measuring.measure(model, opened.tokenizer, self.spec.recipe, suite)
+
+    def _other(self, source: Any) -> RunData:
+        given = source if isinstance(source, list) else [source]
+        settings = {**self.spec.rows.model_dump(), "train": [], "validation": [], "test": given}
+        return RunData(DataSettings.model_validate(settings))
+
+
+def analyze(
+    spec: RunSpec, data: RunData, measuring: Suites, source: Any, folder: Path, artefact: tuple[str, Path] | None
+) -> list[Finding]:
+    """Every analysis of the recipe on every subject; what one opened is freed before the next is opened.
+
+    Args:
+        artefact: (name, folder) of the one tuned model; None: the recipe's roles.
+    """
+    recipe = spec.recipe
+    if recipe.analyze and any(type(a).needs_rows for a in recipe.analyze) and not data.target:
+        raise BadInput("These analyses look at rows, and there are none. Give --data (or rows.test).")
+    found = []
+    for name, place in [artefact] if artefact is not None else _roles(recipe):
+        given = {"artefact": place} if isinstance(place, Path) else {"model": place}
+        for number, analysis in enumerate(recipe.analyze):
+            subject = LiveSubject(
+                spec, data, measuring, source, name=name, folder=folder / f"{number}-{analysis.kind}", **given
+            )
+            finding = analysis.run(subject)
+            found.append(finding.model_copy(update={"subject": name}))
+            del subject
+    return found
+
+
+def _roles(recipe: Recipe) -> list[tuple[str, Path | str]]:
+    """(name, artefact folder or plain model) of each role. Raises `BadInput` where there is none."""
+    if not recipe.models:
+        raise BadInput("No tuned model to look at. Name one by role: models.tuned=runs/a (a run, or any model).")
+    found: list[tuple[str, Path | str]] = []
+    for role, wanted in recipe.models.items():
+        path = Path(wanted.of)
+        if (path / "artefact.json").is_file() or (path / "artefact").is_dir() or (path / "run.yaml").is_file():
+            try:
+                found.append((path.name or role, artefact_folder(wanted.of)))
+            except BadInput as error:
+                raise BadInput(f"models.{role}: {error}") from error
+        else:
+            found.append((role, wanted.of))
+    return found
+
+
+@torch.no_grad()
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
+    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
