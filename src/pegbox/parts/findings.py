@@ -6,13 +6,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pegbox.errors import BadInput
 
 __all__ = ["Finding", "Grid", "Picture", "Series"]
+
+
+def _number(value: Any) -> Any:
+    return float("nan") if value is None else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]  # JSON has no NaN: null stands for it
 
 
 class _Plain(BaseModel):
@@ -23,8 +30,8 @@ class Series(_Plain):
     """One line, one set of points, or one set of bars of a picture: lists of equal length."""
 
     name: str = ""
-    xs: list[float]
-    ys: list[float]
+    xs: list[Number]
+    ys: list[Number]
     dashed: bool = False
 
     @model_validator(mode="after")
@@ -74,7 +81,7 @@ class Finding(_Plain):
     kind: str
     title: str
     subject: str = ""
-    numbers: dict[str, float] = Field(default_factory=dict)
+    numbers: dict[str, Number] = Field(default_factory=dict)
     tables: list[Grid] = Field(default_factory=list)
     pictures: list[Picture] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)

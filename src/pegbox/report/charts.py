@@ -6,11 +6,12 @@ Sizes are in the units of the view box (W x H), which the page stretches to its 
 from __future__ import annotations
 
 from html import escape
+from itertools import pairwise
 
 from pegbox.report.axes import Scale, scale
 from pegbox.report.points import Line, Lines, Point, Points
 
-__all__ = ["COLOURS", "line_chart", "scatter_chart"]
+__all__ = ["COLOURS", "bar_chart", "line_chart", "scatter_chart"]
 
 COLOURS = 8  # in the style sheet
 W, H = 460, 330
@@ -39,13 +40,44 @@ def _near_zero(values: list[float]) -> bool:
     return low <= 0 <= high or min(abs(low), abs(high)) <= 1.5 * (high - low)
 
 
-def line_chart(plot: Lines) -> str:
-    """Lines; the legend is the page's."""
+def line_chart(plot: Lines, joined: bool = True) -> str:
+    """Lines (or their points alone, where not `joined`); the legend is the page's."""
     xs, ys = [v for line in plot.lines for v in line.xs], [v for line in plot.lines for v in line.ys]
     x, y = scale(xs, log=plot.log_x, pad=0.0), scale(ys, log=plot.log_y)
     body = [_grid(x, y), _axis_labels(plot.x_label, plot.y_label)]
-    body += [_path(line, x, y, marks=len(line.xs) <= 12) for line in plot.lines if line.xs]
+    draw = _path if joined else _dots
+    body += [draw(line, x, y, marks=len(line.xs) <= 12) for line in plot.lines if line.xs]
     return _svg(plot.title, body)
+
+
+def bar_chart(plot: Lines) -> str:
+    """Bars from zero; several series stand beside one another at each x."""
+    places = sorted({v for line in plot.lines for v in line.xs})
+    gap = min((b - a for a, b in pairwise(places)), default=1.0)
+    xs = [places[0] - gap / 2, places[-1] + gap / 2] if places else []
+    x, y = scale(xs, pad=0.0), scale([v for line in plot.lines for v in line.ys], zero=True)
+    body = [_grid(x, y), _axis_labels(plot.x_label, plot.y_label)]
+    width = 0.86 * gap / max(len(plot.lines), 1)
+    for place, line in enumerate(plot.lines):
+        start = -0.43 * gap + place * width
+        body += [_bar(line, a + start, a + start + width, b, x, y) for a, b in zip(line.xs, line.ys)]
+    return _svg(plot.title, body)
+
+
+def _bar(line: Line, left: float, right: float, value: float, x: Scale, y: Scale) -> str:
+    low, high = sorted((_py(y, 0.0), _py(y, value)))
+    tip = f"{line.name}: {value:.4g}" if line.name else f"{value:.4g}"
+    size = f'width="{round(_px(x, right) - _px(x, left), 1)}" height="{round(high - low, 1)}"'
+    corner = f'x="{_px(x, left)}" y="{low}"'
+    return f'<rect class="f{line.index % COLOURS}" {corner} {size}><title>{escape(tip)}</title></rect>'
+
+
+def _dots(line: Line, x: Scale, y: Scale, marks: bool = True) -> str:
+    return "".join(
+        f'<circle class="f{line.index % COLOURS}" cx="{_px(x, a)}" cy="{_py(y, b)}" r="3">'
+        f"<title>{escape(line.name)}: {a:.4g}, {b:.4g}</title></circle>"
+        for a, b in zip(line.xs, line.ys, strict=True)
+    )
 
 
 def _svg(title: str, body: list[str]) -> str:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pegbox.errors import BadInput, Corrupt
 from pegbox.evaluate.run import read_examples
 from pegbox.parts.files import read_json
+from pegbox.parts.findings import Finding
 from pegbox.parts.results import Measurement, Metrics
 from pegbox.report.build import by_suite, changes, curve_of, mean_cost, pooled_scores, samples
 from pegbox.report.model import Comparison, Entry, Rate
@@ -86,7 +87,8 @@ def comparison_of_run(folder: Path) -> Comparison:
         primary=primary,
         entries=[base, tuned] if before else [tuned],
         samples=shown if any(s.prompt for s in shown) else [],
-        notes=["One run with one seed: its intervals hold for these test rows, not for other seeds."],
+        findings=[Finding.model_validate(block) for block in metrics.extra.get("findings", [])],
+        notes=["One run with one seed: its intervals hold for these test rows, not for other seeds."] if after else [],
         versions=versions,
         machine=metrics.cost.machine,
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pegbox.errors import Corrupt
 from pegbox.parts.calibration import Verdict
 from pegbox.parts.files import read_json, write_json
+from pegbox.parts.findings import Finding
 from pegbox.parts.results import Cost, Score
 
 __all__ = ["Comparison", "Curve", "Entry", "Rate", "Sample", "Told", "Trial"]
@@ -128,6 +129,7 @@ class Comparison(_Plain):
     margin: float | None = None
     entries: list[Entry] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
+    findings: list[Finding] = Field(default_factory=list)  # of analyses, with the names of what they looked at
     lock: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)

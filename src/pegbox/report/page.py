@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from pegbox.report.charts import COLOURS, line_chart, scatter_chart
+from pegbox.report.findings import shown_all
 from pegbox.report.model import Comparison
 from pegbox.report.points import curve_plots, scatter_plots
 from pegbox.report.table import cost_table, group_table, main_table
@@ -33,6 +34,7 @@ def page(c: Comparison) -> str:
             scatters=[(p, scatter_chart(p)) for p in scatter_plots(c)],
             curves=[(p, line_chart(p), _legend(p.lines)) for p in curve_plots(c)],
             samples=shown,
+            findings=shown_all(c.findings),
             filters=_filters(shown),
             score_label=score_label,
             lock=[(key, _value(value)) for key, value in c.lock.items()],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pegbox.parts.findings import Picture
+from pegbox.report.findings import as_lines
 from pegbox.report.model import Comparison
 from pegbox.report.points import Lines, Points, curve_plots, scatter_plots
 
@@ -23,6 +26,7 @@ def save_plots(c: Comparison, folder: Path, form: str = "png") -> list[Path]:
     with matplotlib.rc_context(settings | {"savefig.bbox": "tight", "figure.facecolor": "white"}):
         drawn += [(p.key, _scatter(p)) for p in scatter_plots(c)]
         drawn += [(p.key, _lines(p)) for p in curve_plots(c)]
+        drawn += [(p.key, _picture(p)) for f in c.findings for p in f.pictures]
         paths = []
         for key, figure in drawn:
             path = folder / f"{key}.{form}"
@@ -57,6 +61,26 @@ def _scatter(plot: Points) -> Any:
         axes.axvline(0, color="#888888", linewidth=0.8, linestyle=":")
     if plot.zero_y:
         axes.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
+    return figure
+
+
+def _picture(picture: Picture) -> Any:
+    """A finding's picture: lines, points or bars."""
+    plot = as_lines(picture)
+    if picture.form == "lines":
+        return _lines(plot)
+    figure, axes = _figure(plot)
+    places = sorted({x for line in plot.lines for x in line.xs})
+    gap = min((b - a for a, b in pairwise(places)), default=1.0) * 0.86 / max(len(plot.lines), 1)
+    for place, line in enumerate(plot.lines):
+        colour = _COLOURS[line.index % len(_COLOURS)]
+        if picture.form == "bars":
+            shift = gap * (place - (len(plot.lines) - 1) / 2)
+            axes.bar([x + shift for x in line.xs], line.ys, width=gap, color=colour, label=line.name or None)
+        else:
+            axes.plot(line.xs, line.ys, "o", color=colour, markersize=4, label=line.name or None)
+    if any(line.name for line in plot.lines):
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -6,6 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from pegbox.parts.findings import Finding
+from pegbox.report.findings import number
 from pegbox.report.model import Comparison
 from pegbox.report.table import Cell, Table, main_table
 
@@ -24,7 +26,28 @@ def terminal(c: Comparison) -> RenderableType:
     costs = _shown(table, [0, *(i for i, k in enumerate(table.columns) if k.key in _COSTS)], only_costly=True)
     failed = [Text(f"{e.name}: {e.status}, {e.reason}", style="red") for e in c.entries if e.reason]
     flags = [Text(f"{e.name}: {flag}", style="dim") for e in c.entries for flag in e.flags]
-    return Group(Text(c.title, style="bold"), about, *notes, Text(), results, Text(), costs, *failed, *flags)
+    measured = any(entry.scores for entry in c.entries)
+    shown = [Text(), results, Text(), costs] if measured or not c.findings else []
+    found = [part for finding in c.findings for part in _finding(finding)]
+    return Group(Text(c.title, style="bold"), about, *notes, *shown, *found, *failed, *flags)
+
+
+def _finding(finding: Finding) -> list[RenderableType]:
+    """Its headline numbers and those tables that fit a screen."""
+    head = Text(f"\n{finding.title}", style="bold")
+    if finding.subject:
+        head.append(f"  {finding.subject}", style="dim")
+    numbers = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in finding.numbers.items():
+        numbers.add_row(name.replace("_", " "), number(value))
+    tables: list[RenderableType] = []
+    for grid in finding.tables:
+        if len(grid.rows) <= 12:
+            table = RichTable(*grid.columns, title=grid.title, title_justify="left", box=None, pad_edge=False)
+            for row in grid.rows:
+                table.add_row(*map(number, row))
+            tables.append(table)
+    return [head, *(Text(note, style="dim") for note in finding.notes), numbers, *tables]
 
 
 def _shown(table: Table, columns: list[int], only_costly: bool = False) -> RichTable:
