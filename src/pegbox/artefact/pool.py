@@ -17,6 +17,7 @@ from pegbox.artefact.load import load_artefact
 from pegbox.artefact.manifest import MANIFEST, Manifest, artefact_folder, read
 from pegbox.errors import BadInput, Unsupported, did_you_mean
 from pegbox.models import Precision, Source, load, resolve
+from pegbox.parts.adapters import adapter_off, adapter_on
 from pegbox.recipe import Role
 
 __all__ = ["Pool", "RoleModel"]
@@ -174,32 +175,10 @@ def _adapter_folder(place: Path, manifest: Manifest) -> Path | None:
 
 
 def _bare_view(model: Any) -> Scope:
-    """A scope in which no adapter of a shared model acts; they stay frozen (PEFT unfreezes what it switches on)."""
-
-    @contextmanager
-    def scope() -> Iterator[None]:
-        try:
-            with model.disable_adapter():
-                yield
-        finally:
-            model.requires_grad_(False)
-
-    return scope
+    """A scope in which no adapter of a shared model acts; what trains and what is frozen stays so."""
+    return lambda: adapter_off(model)
 
 
 def _switch(model: Any, name: str) -> Scope:
     """A scope in which one adapter of a shared model is active; the one before comes back on leaving."""
-
-    @contextmanager
-    def scope() -> Iterator[None]:
-        before = model.active_adapter
-        if before == name:
-            yield
-            return
-        model.set_adapter(name, inference_mode=True)
-        try:
-            yield
-        finally:
-            model.set_adapter(before, inference_mode=True)
-
-    return scope
+    return lambda: adapter_on(model, name)

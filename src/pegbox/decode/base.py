@@ -14,15 +14,15 @@ What this file does not know: any decoder, or how models keep their caches (`peg
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pegbox.errors import BadInput, Unsupported
+from pegbox.errors import BadInput, Unsupported, did_you_mean
 from pegbox.parts.component import Axis, Component
 from pegbox.parts.generation import Messages, as_evaluated
 
@@ -47,6 +47,32 @@ class DecodeContext:
     models: Mapping[str, Any] = field(default_factory=dict)
     base: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def role(self, name: str) -> Any:
+        """The model of a role. Raises `BadInput` where none has it."""
+        try:
+            return self.models[name]
+        except KeyError:
+            raise BadInput(
+                f"No model has the role '{name}'.{did_you_mean(name, self.models)} "
+                f"Name it in the recipe (models: {{{name}: runs/a}}) or with --role {name}=..."
+            ) from None
+
+    def before(self, name: str) -> Any:
+        """A role's model as it was before tuning: the role "<name>.base", or its own with the adapter off."""
+        from pegbox.decode.pairs import View
+        from pegbox.parts.adapters import is_adapted
+
+        try:
+            return self.models[f"{name}.base"]
+        except KeyError:
+            module = module_of(self.role(name))
+            if is_adapted(module):
+                return View(module, adapter=False, tokenizer=getattr(self.role(name), "tokenizer", None))
+        raise BadInput(
+            f"What '{name}' was tuned from is not known, so its delta has no reference. Name a model of the same size "
+            "as `reference`, or give a run, which knows its base."
+        )
 
 
 class Session:
@@ -82,13 +108,21 @@ class Decoding(nn.Module):
 
     # ---- what a decoder fills in
 
-    def begin(self, prompt: Tensor, mask: Tensor, *, repeats: int = 1, cached: bool = True, **sides: Any) -> Session:
+    def begin(
+        self,
+        prompt: Tensor,
+        mask: Tensor,
+        *,
+        repeats: int = 1,
+        cached: bool = True,
+        sides: Sequence[dict[str, list[int]]] | None = None,
+    ) -> Session:
         """Start answering. `prompt`, `mask`: (B, P), left-padded.
 
         Args:
             repeats: every so many rows are copies of one prompt, side by side (several answers to each).
             cached: False: compute the whole sequence anew for each token (`use_cache=False`).
-            sides: what `member_prompts` made, collected over the rows.
+            sides: what `member_prompts` made of each prompt.
         """
         raise NotImplementedError
 
@@ -124,7 +158,8 @@ class Decoding(nn.Module):
         sides = arguments.pop("sides", None)
         with self.as_evaluated():
             if self.plain():
-                return _inner(self.host).generate(inputs, streamer=streamer, **arguments)
+                with self.host_view():
+                    return _inner(self.host).generate(inputs, streamer=streamer, **arguments)
 
             def loop(
                 model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
@@ -145,6 +180,25 @@ class Decoding(nn.Module):
     def plain(self) -> bool:
         """Whether the host alone gives the answer, so that its own `generate` is used."""
         return False
+
+    def host_view(self) -> AbstractContextManager[Any]:
+        """The context in which the host answers alone."""
+        return nullcontext()
+
+    def log_likelihood(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+        """(B,) sums over each answer's tokens of their log-probability under this decoder, given its prompt."""
+        if not all(prompts) or not all(answers):
+            raise BadInput("Each prompt and each answer needs at least one token.")
+        whole = [p + a for p, a in zip(prompts, answers, strict=True)]
+        width = max(map(len, whole))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in whole], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole], device=self.device)
+        with torch.no_grad():
+            logits = self(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        found = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        places = torch.arange(1, width, device=self.device)
+        begin = torch.tensor([len(p) for p in prompts], device=self.device)[:, None]
+        return (found * ((places >= begin) & (mask[:, 1:] == 1))).sum(-1)
 
     def answer(self, call: Call, mask: Tensor, **options: Any) -> Any:
         """The loop: one token at a time. Override for methods that draw several at once."""
@@ -245,8 +299,9 @@ class Call:
             return self.ids
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-        kept = {name: tuple(values) or None for name, values in self.kept.items()}
-        return GenerateDecoderOnlyOutput(sequences=self.ids, **kept)
+        kept: dict[str, Any] = {name: tuple(values) or None for name, values in self.kept.items()}
+        made: Any = self.ids
+        return GenerateDecoderOnlyOutput(sequences=made, **kept)
 
 
 def draw(scores: Tensor, sample: bool, generator: torch.Generator | None = None) -> Tensor:
