@@ -27,7 +27,11 @@ __all__ = ["Clock", "Hooks", "Listener", "Schedule"]
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Work that is done again and again between steps. May have `state_dict`/`load_state_dict`; then it is saved."""
+    """Work that is done again and again between steps. May have `state_dict`/`load_state_dict`; then it is saved.
+
+    May also have `begin(step, model)`, called in every process before its first step (after a resume's state is
+    loaded), and `after_step(step, model)`, called in every process after each step and before a checkpoint.
+    """
 
     every: int | None
 
@@ -103,6 +107,9 @@ class Hooks(TrainerCallback):
         done = state.global_step >= state.max_steps or self.trainer.out_of_patience()
         if done or self.trainer.pending_evaluation:
             raise Interrupted
+        for schedule in self.schedules:
+            if hasattr(schedule, "begin"):
+                schedule.begin(state.global_step, self.trainer.model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -146,6 +153,9 @@ class Hooks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         settings, step = self.trainer.train_settings, state.global_step
+        for schedule in self.schedules:
+            if hasattr(schedule, "after_step"):
+                schedule.after_step(step, self.trainer.model)
         state.epoch = step * settings.batch / self.rows_per_epoch
         last = step >= state.max_steps
         control.should_log = step % settings.log_every == 0 or last

@@ -26,6 +26,7 @@ from pegbox.errors import RunFailed
 from pegbox.objectives.base import Objective
 from pegbox.parts.context import Context
 from pegbox.parts.view import Batch, ModelView
+from pegbox.parts.watching import paused
 
 __all__ = ["MicroLoss", "NonFinite", "StepProblem", "named_trained", "total_counts"]
 
@@ -173,7 +174,8 @@ class StepProblem:
         modes = [(m, m.training) for m in self.model.modules()]
         numbers, optimizer = take_random(), _optimizer_copy(self.optimizer)
         try:
-            yield
+            with paused():
+                yield
         finally:
             with torch.no_grad():
                 for name, p in self.params.items():

@@ -25,6 +25,7 @@ from pegbox.engine.host_type import TrainerLike
 from pegbox.engine.packing import restore_random, take_random
 from pegbox.errors import BadInput, Corrupt, PegboxError, RunFailed
 from pegbox.parts.files import read_json
+from pegbox.parts.parameterinfo import make_room, sized_buffers
 
 __all__ = ["BufferWatch", "Resumable", "compare_settings", "load_optimizer", "load_weights", "saved_weights"]
 
@@ -53,13 +54,14 @@ class BufferWatch:
 
 def saved_weights(model: nn.Module, watch: BufferWatch | None = None) -> dict[str, Tensor]:
     """Trained parameters and moved buffers by name, whole (a collective call under sharding), as copies on the CPU."""
-    moved = watch.changed(model) if watch is not None else {}
+    moved = (watch.changed(model) | sized_buffers(model)) if watch is not None else {}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return {n: full(t.detach()).to("cpu", copy=True) for n, t in {**trained, **moved}.items()}
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """Write saved weights into the model; returns the names of buffers. Raises `Corrupt` on names or shapes."""
+    make_room(model, tensors)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     buffers = dict(model.named_buffers())
     missing = sorted(set(trained) - set(tensors))

@@ -42,6 +42,7 @@ class AdamW(Step):
     """
 
     reproduces: ClassVar[str] = "arXiv:1711.05101"
+    keeps: ClassVar[frozenset[str]] = frozenset({"moments"})
 
     kind: Literal["adamw"] = "adamw"
     betas: Betas = (0.9, 0.999)

@@ -56,6 +56,7 @@ class Step(Component):
     needs_backward: ClassVar[bool] = True
     needs_value: ClassVar[bool] = False  # works on the objective's value (zeroth order)
     frees_gradients_early: ClassVar[bool] = False
+    keeps: ClassVar[frozenset[str]] = frozenset()  # of each entry: "moments"; of each matrix: "rows_columns"
     leaves: ClassVar[str | None] = None  # the kind of artefact part that `save` writes, e.g. "data"
 
     lr: Annotated[float, Field(gt=0)] = 1e-4

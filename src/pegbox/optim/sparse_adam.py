@@ -18,11 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pegbox.errors import BadInput
 from pegbox.optim.adamw import Betas
 from pegbox.optim.base import OPTIM, Step
+from pegbox.optim.entry_state import EntryOptimizer, index_digest
 from pegbox.optim.groups import split_decay
-from pegbox.parts.parameterinfo import info_of
 
 __all__ = ["UnscaledEpsAdam", "UnscaledEpsAdamW", "index_digest", "update"]
 
@@ -52,7 +51,7 @@ def update(
         weight.addcdiv_(m, v.sqrt().add_(eps), value=-rate_now)
 
 
-class UnscaledEpsAdamW(torch.optim.Optimizer):
+class UnscaledEpsAdamW(EntryOptimizer):
     """The rule of this file as a torch optimizer; state per tensor: `step`, `exp_avg`, `exp_avg_sq` (and `age`).
 
     A sparse tuner's values carry their positions: their digest goes into the state dict, and loading a state that
@@ -97,42 +96,6 @@ class UnscaledEpsAdamW(torch.optim.Optimizer):
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         update(p, p.grad.to(p.dtype), state["exp_avg"], state["exp_avg_sq"], t, **options)  # type: ignore[union-attr]
 
-    def state_dict(self) -> dict[str, Any]:
-        packed = super().state_dict()
-        order = [p for group in self.param_groups for p in group["params"]]
-        for number, p in enumerate(order):
-            digest = index_digest(p)
-            if digest is not None and number in packed["state"]:
-                packed["state"][number] = {**packed["state"][number], "index_digest": digest}
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        order = [p for group in self.param_groups for p in group["params"]]
-        state = {key: dict(value) for key, value in state_dict["state"].items()}
-        for number, p in enumerate(order):
-            saved = state.get(number, {}).pop("index_digest", None)
-            here = index_digest(p)
-            moments = state.get(number, {}).get("exp_avg")
-            if (moments is not None and moments.shape != p.shape) or (
-                saved is not None and here is not None and int(saved) != int(here)
-            ):
-                info = info_of(p)
-                raise BadInput(
-                    f"The optimizer's state for '{info.name if info else number}' belongs to other entries than those"
-                    " that train now. Load the adapter of the same checkpoint first."
-                )
-        super().load_state_dict({**state_dict, "state": state})
-
-
-def index_digest(p: Tensor) -> Tensor | None:
-    """A checksum of the positions that a sparse parameter stands for; None for an ordinary one."""
-    info = info_of(p)
-    if info is None:
-        return None
-    index = info.index().to("cpu", torch.int64)
-    place = torch.arange(1, index.numel() + 1)
-    return ((index + 1) * (place * 2654435761 % 2147483647)).sum() % (2**53)
-
 
 @OPTIM.register
 class UnscaledEpsAdam(Step):
@@ -145,6 +108,7 @@ class UnscaledEpsAdam(Step):
 
     kind: Literal["adamw_unscaled_eps"] = "adamw_unscaled_eps"
     reproduces: ClassVar[str] = "arXiv:2506.00772"
+    keeps: ClassVar[frozenset[str]] = frozenset({"moments"})
 
     betas: Betas = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-6

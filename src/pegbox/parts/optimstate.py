@@ -4,6 +4,9 @@
 
 Every state tensor that has its parameter's shape is per entry (Adam's moments, momentum, Adagrad's sums); scalars such
 as the step count are left alone. State that is packed (8-bit, block-wise) can't be edited and is refused.
+
+An optimizer may say more by two attributes: `shared_state`, names of state that belongs to no single entry whatever its
+shape; `entry_start`, {state name: number} that entering entries start from (default 0).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from pegbox.errors import Unsupported
 
-__all__ = ["drop", "owner_of", "per_entry", "permute", "remap", "replace", "seed", "unwrapped"]
+__all__ = ["drop", "owner_of", "per_entry", "permute", "remap", "replace", "seed", "seed_moments", "unwrapped"]
 
 _PACKED = ("absmax1", "qmap1", "block_scale")
 
@@ -49,7 +52,9 @@ def per_entry(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, shape: 
             " Use a 32-bit optimizer, or a selection that does not move."
         )
     wanted = parameter.shape if shape is None else shape
-    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == wanted]
+    shared = getattr(optimizer, "shared_state", frozenset())
+    found = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == wanted]
+    return [key for key in found if key not in shared]
 
 
 def drop(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: Tensor | None = None) -> None:
@@ -69,6 +74,40 @@ def seed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: Tensor, 
             raise Unsupported(f"{type(optimizer).__name__} has no per-entry state '{key}'; it has {known}.")
         held = optimizer.state[parameter][key]
         held.view(-1)[at.long()] = value.to(held)
+
+
+def seed_moments(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    at: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    samples: int,
+) -> None:
+    """Start the moments of the entries `at` (n,) from the mean and mean square of their gradients over `samples` steps.
+
+        m = mean (1 - b1^t),   v = square (1 - b2^t)
+
+    so that the bias correction with exponent t gives the means back. t is the entry's age, `samples`, where the
+    optimizer counts one, and its step count otherwise. Source: arXiv:2401.16405 (its code).
+
+    Raises `Unsupported` for an optimizer without two moments per entry.
+    """
+    state = optimizer.state.get(parameter, {})
+    known = per_entry(optimizer, parameter)
+    if not {"exp_avg", "exp_avg_sq"} <= set(known):
+        raise Unsupported(
+            f"{type(optimizer).__name__} keeps no first and second moment per entry ({known or 'nothing'}), which"
+            " entries that grow by their gradients start from. Use optim: {kind: aged_adamw} or adamw, or another"
+            " growth rule."
+        )
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    first, second = group["betas"]
+    age = samples if "age" in known else int(state["step"])
+    values = {"exp_avg": mean * (1 - first**age), "exp_avg_sq": square * (1 - second**age)}
+    if "age" in known:
+        values["age"] = torch.full_like(mean, float(samples))
+    seed(optimizer, parameter, at, values)
 
 
 def permute(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, order: Tensor) -> None:
@@ -98,15 +137,16 @@ def remap(
     Args:
         source: (k,) for each entry of the parameter now, its place in the parameter before, or -1 for a new one.
         shape_before: the parameter's shape before, where it has changed.
-        fill: what new entries start from, by state name (default 0).
+        fill: what new entries start from, by state name (default: the optimizer's `entry_start`, else 0).
 
     Shared entries keep their numbers bit for bit; the step count stays.
     """
     here = source >= 0
     place = source.clamp(min=0)
+    start = {**getattr(optimizer, "entry_start", {}), **(fill or {})}
     for key in per_entry(optimizer, parameter, shape_before):
         old = optimizer.state[parameter][key]
-        moved = torch.full(source.shape, (fill or {}).get(key, 0.0), dtype=old.dtype, device=old.device)
+        moved = torch.full(source.shape, start.get(key, 0.0), dtype=old.dtype, device=old.device)
         if old.numel():
             moved = torch.where(here.to(old.device), old.view(-1)[place.to(old.device)], moved)
         if old.shape == moved.shape:

@@ -6,11 +6,12 @@ Bitsandbytes keeps a 4-bit matrix as bytes with its quantization state on the pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FloatingWeights", "floating", "full_shape"]
+__all__ = ["FloatingWeights", "Share", "floating", "full_shape", "whole_count"]
 
 
 def floating(parameter: Tensor) -> Tensor:
@@ -39,8 +40,29 @@ class FloatingWeights(Mapping[str, Tensor]):
         with torch.no_grad():
             return floating(self._named[name])
 
+    @property
+    def whole(self) -> int:
+        """Parameters of the model, packed ones at their full size."""
+        return sum(torch.Size(full_shape(p)).numel() for p in self._named.values())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._named)
 
     def __len__(self) -> int:
         return len(self._named)
+
+
+class Share(dict[str, Any]):
+    """Some of a model's tensors (or their shapes) by name, that know how many parameters the whole model has."""
+
+    def __init__(self, items: Mapping[str, Any], whole: int):
+        super().__init__(items)
+        self.whole = whole
+
+
+def whole_count(items: Mapping[str, Any]) -> int:
+    """Parameters of the model that these tensors or shapes are from: as they say, else all of them together."""
+    known = getattr(items, "whole", None)
+    if known is not None:
+        return int(known)
+    return sum(torch.Size(getattr(item, "shape", item)).numel() for item in items.values())

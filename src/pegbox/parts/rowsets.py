@@ -10,11 +10,14 @@ written once. Pure functions.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pegbox.errors import BadInput
+from pegbox.parts.anatomy import Anatomy
 from pegbox.parts.indexsets import Shape, index_dtype, matrix_shape
 
 __all__ = [
@@ -22,10 +25,31 @@ __all__ = [
     "columns_of",
     "flat_of_columns",
     "frequent_columns",
+    "laid_out",
     "pack_columns",
+    "rows_and_columns",
     "shared_columns_of",
+    "transposed_names",
     "unpack_columns",
 ]
+
+
+class _Matrices(dict[str, Any]):
+    """Tensors (or shapes) by name that can carry a note."""
+
+
+def laid_out(items: Mapping[str, Any], transposed: frozenset[str]) -> Mapping[str, Any]:
+    """Tensors (or shapes) by name, without their model, that know which of them are stored transposed."""
+    kept: Any = items if hasattr(items, "__dict__") else _Matrices(items)
+    kept.transposed = transposed
+    return kept
+
+
+def transposed_names(anatomy: Anatomy | None, held: Mapping[str, Any]) -> frozenset[str]:
+    """Which of a model's weights are stored (in, out), as in GPT-2's Conv1D."""
+    if anatomy is None:
+        return getattr(held, "transposed", frozenset())
+    return frozenset(piece.weight for piece in anatomy.pieces if piece.transposed)
 
 
 def rows_and_columns(shape: Shape, transposed: bool) -> tuple[int, int]:

@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from pegbox.errors import BadInput
-from pegbox.parts.allocation import Allocation
+from pegbox.parts.allocation import Allocation, Entries
 from pegbox.parts.component import Axis, Component
 from pegbox.parts.indexsets import Budget
+from pegbox.parts.moves import Held, Relocation
 
-__all__ = ["SELECT", "Schedule", "Selector"]
+__all__ = ["SELECT", "Schedule", "Selector", "relocations"]
 
 
 class Schedule(BaseModel):
@@ -51,6 +52,11 @@ class Selector(Component):
     picks_vectors: ClassVar[bool] = False  # norms and biases too, not just matrices
     needs_weights: ClassVar[bool] = True  # False: the count and choice follow from shapes and the seed alone
 
+    @property
+    def needs_state(self) -> frozenset[str]:
+        """What an optimizer must keep (`Step.keeps`) so that this selection can move while training."""
+        return frozenset()
+
     def statistics(self) -> Any | None:
         """A `parts.statistics.StatSpec` to gather beforehand, or None."""
         return None
@@ -69,5 +75,34 @@ class Selector(Component):
         """How many weights each tensor would train, from shapes alone (for `plan`, on the meta device)."""
         raise NotImplementedError
 
+    # ---- moving while training: when, what has to be seen for it, and where to
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether entries move after `step` of `total` finished updates, before the next one.
+
+        By default right before updates T, 2T, ... of `schedule.every`.
+        """
+        schedule = getattr(self, "schedule", None)
+        return schedule is not None and schedule.moves and (step + 1) % schedule.every == 0
+
+    def watches(self, step: int, total: int) -> bool:
+        """Whether gradients are watched from the update after `step` finished ones on, until the next move."""
+        return False
+
+    def relocate(
+        self, step: int, total: int, held: Mapping[str, Held], generator: torch.Generator
+    ) -> dict[str, Relocation]:
+        """Where the entries go; for every tensor in `held`. By default: selected again on the weights of now."""
+        chosen = self.select(None, {name: part.tuned() for name, part in held.items()}, None, generator)
+        return relocations(chosen, held)
+
 
 SELECT: Axis[Selector] = Axis("select", Selector, "pegbox.select")
+
+
+def relocations(chosen: Mapping[str, Any], held: Mapping[str, Held]) -> dict[str, Relocation]:
+    """A new selection as moves in which entries that leave keep what they have reached. Raises `BadInput`."""
+    for name in held:
+        if not isinstance(chosen.get(name), Entries):
+            raise BadInput(f"The new selection has no entries for '{name}', which is being trained.")
+    return {name: Relocation(chosen[name].index) for name in held}

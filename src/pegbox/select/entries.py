@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pegbox.errors import BadInput
+from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.allocation import Allocation, Entries
 from pegbox.parts.context import seed_of
 from pegbox.parts.indexsets import (
@@ -26,7 +26,8 @@ from pegbox.parts.indexsets import (
     top_entries_across,
     union,
 )
-from pegbox.select.base import Schedule, Selector
+from pegbox.parts.moves import Held, Relocation
+from pegbox.select.base import Schedule, Selector, relocations
 
 __all__ = ["EntrySelector", "covered"]
 
@@ -77,6 +78,36 @@ class EntrySelector(Selector):
         score = self.score(name, weight, count, generator).flatten().to(torch.float64)
         score[present.long()] = -torch.inf
         return union(present, top_entries(score, min(count, score.numel() - present.numel())))
+
+    def relocate(
+        self, step: int, total: int, held: Mapping[str, Held], generator: torch.Generator
+    ) -> dict[str, Relocation]:
+        """Selected again, tensor by tensor where they don't compete; accumulative: more are added and none leaves."""
+        if self.schedule.mode == "accumulative":
+            return self._accumulate(held, generator)
+        if self.scope != "per_tensor":
+            return super().relocate(step, total, held, generator)
+        seed, chosen = generator.initial_seed(), Allocation()
+        for name, part in held.items():  # one tensor at a time: nothing is held
+            again = torch.Generator().manual_seed(seed)
+            chosen.update(self.select(None, {name: part.tuned()}, None, again))
+        return relocations(chosen, held)
+
+    def _accumulate(self, held: Mapping[str, Held], generator: torch.Generator) -> dict[str, Relocation]:
+        """To each tensor's set the next entries, as many as it started with, until the limit is full."""
+        limit = self.schedule.limit
+        if self.scope != "per_tensor" or limit is None:
+            raise Unsupported("An accumulative schedule needs scope 'per_tensor'.")
+        shapes = {name: part.shape for name, part in held.items()}
+        first, last = (budget_counts(budget, shapes, "per_tensor") for budget in (self.budget, limit))
+        result = {}
+        for name, part in held.items():
+            present = part.index
+            extra = min(first[name], last[name] - present.numel())
+            draw = _stream(generator.initial_seed(), name)
+            more = self.more(name, part.tuned(), present, extra, draw) if extra > 0 else present
+            result[name] = Relocation(more)
+        return result
 
     def count(self, anatomy: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Entries per tensor. With a wider scope the split follows the weights; then in proportion to sizes."""

@@ -24,7 +24,8 @@ NAME = "pegbox_sparse"
 DEFAULT_SELECT = {"kind": "magnitude", "budget": {"density": 0.01}}
 _CHOICES = {
     "coordinates": ("absolute", "delta"),
-    "execution": ("auto", "in_place", "scatter", "bypass"),
+    "execution": ("auto", "in_place", "scatter", "bypass", "lean"),
+    "values": ("float32", "bfloat16"),
     "gradient": ("sampled", "dense"),
     "allocation": ("select", "stored"),
     "bias": ("none",),
@@ -40,8 +41,10 @@ class SparseConfig(PeftConfig):
         coordinates: "absolute" (the values are the weights, decay pulls to 0) or "delta" (differences, decay pulls to
             the pretrained weights).
         execution: "in_place" (entries written into the base weight), "scatter" (a weight built per call), "bypass"
-            (base output plus a sparse product), or "auto": the first of these that is right for each layer.
+            (base output plus a sparse product), or "auto": the first of these that is right for each layer. "lean":
+            for each call the cheaper of the last two, and nothing is kept but positions and values.
         gradient: "sampled" (only the kept entries are computed) or "dense" (the full gradient, then the entries).
+        values: what the values (and their optimizer state) are held in; bfloat16 halves both and rounds small steps.
         seed: of the selector's random draws.
         tensors: which tensors of a target module: "weight", "bias".
         target_modules: words ("all-linear", "attention", "mlp"), name suffixes, or a regular expression.
@@ -51,6 +54,7 @@ class SparseConfig(PeftConfig):
     coordinates: str = "delta"
     execution: str = "auto"
     gradient: str = "sampled"
+    values: str = "float32"
     seed: int = 0
     tensors: list[str] = field(default_factory=lambda: ["weight"])
     target_modules: list[str] | str | None = "all-linear"

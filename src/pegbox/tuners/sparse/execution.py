@@ -1,4 +1,4 @@
-"""Which of the three executions is right for a layer, from plain facts about its base; the reasons when one is not."""
+"""Which of the executions is right for a layer, from plain facts about its base; the reasons when one is not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from pegbox.errors import Unsupported
 from pegbox.tuners.sparse.products import operation_of
 
-__all__ = ["BaseFacts", "base_facts", "choose_execution", "onloaded"]
+__all__ = ["BaseFacts", "base_facts", "choose_execution", "onloaded", "product_is_cheaper"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def choose_execution(wanted: str, facts: BaseFacts, tied: bool, coordinates: str
     reasons = _against_in_place(facts, tied)
     if wanted == "auto":
         wanted = "bypass" if facts.packed or facts.offloaded else "scatter" if reasons else "in_place"
+    if wanted == "lean":  # where there is no choice between the two
+        wanted = "bypass" if facts.packed or facts.offloaded else "lean" if facts.operation else "scatter"
     if wanted == "in_place" and reasons and facts.matrix:
         raise Unsupported(f"{name}: in place is not possible: {reasons[0]}. Use execution='auto'.")
     if wanted == "scatter" and (facts.packed or facts.offloaded):
@@ -84,6 +86,15 @@ def choose_execution(wanted: str, facts: BaseFacts, tied: bool, coordinates: str
     if wanted == "bypass" and not facts.packed and not facts.operation:
         raise Unsupported(f"{name}: bypass needs a linear layer, a convolution or an embedding. Use execution='auto'.")
     return wanted
+
+
+def product_is_cheaper(tokens: int, kept: int, shape: tuple[int, ...], transposed: bool) -> bool:
+    """Whether a sparse product beside the base's beats building a weight, which reads and writes all of it.
+
+    Per output: `tokens` times (its kept entries, and a sum to read and write) against one number per input.
+    """
+    inputs, outputs = shape[:2] if transposed else (shape[1], shape[0])
+    return tokens * (kept + 2 * outputs) <= inputs * outputs
 
 
 def onloaded(module: nn.Module, tensor: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ left_index or left_values (see `slots.py`). What a forward does with it is in `l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -18,6 +18,7 @@ from pegbox.errors import Unsupported
 from pegbox.parts.indexsets import check_index, index_dtype, numel
 from pegbox.parts.packed import floating
 from pegbox.parts.parameterinfo import ParameterInfo, attach_info, info_of, touch
+from pegbox.parts.watching import Watch
 from pegbox.tuners.sparse.execution import base_facts, choose_execution, onloaded
 from pegbox.tuners.sparse.slots import Slot, move, touched, values_dtype
 
@@ -45,6 +46,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._options: dict[str, dict[str, str]] = {}  # adapter -> execution, gradient, coordinates
         self._moves: dict[str, int] = {}  # adapter -> how often its index sets were replaced; -1: waits for its file
+        self.watches: dict[tuple[str, str], Watch] = {}  # (adapter, tensor) -> who looks at the whole tensor's gradient
 
     def revert(self) -> None:
         """Take what is written into the base weight out again."""
@@ -62,6 +64,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         self._options[adapter] = {
             "execution": execution,
             "gradient": config.gradient,
+            "values": config.values,
             "coordinates": config.coordinates,
         }
         for tensor, index in choices.items():
@@ -82,7 +85,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
 
     def start_values(self, adapter: str, tensor: str, index: Tensor) -> Tensor:
         """Values (k,) that leave the weight as it is: 0 for delta, the pretrained entries for absolute."""
-        dtype = values_dtype(base_facts(self.base_layer).dtype)
+        dtype = values_dtype(base_facts(self.base_layer).dtype, self._options[adapter]["values"])
         if self._options[adapter]["coordinates"] == "delta" or index.is_meta:
             return torch.zeros(index.numel(), dtype=dtype, device=index.device)
         return self.pretrained(tensor)[index.long()].to(dtype)
@@ -174,7 +177,9 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         return self.sparse_values(tensor, adapter)
 
     @torch.no_grad()
-    def move(self, adapter: str, tensor: str, index: Tensor) -> tuple[nn.Parameter, nn.Parameter, Tensor]:
+    def move(
+        self, adapter: str, tensor: str, index: Tensor, leave: Literal["keep", "revert"] = "keep"
+    ) -> tuple[nn.Parameter, nn.Parameter, Tensor]:
         """Train other entries from now on (see `slots.move`).
 
         Returns the values parameter before and after (the same object if k is the same), and each entry's place in it
@@ -182,7 +187,8 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         """
         self.revert()
         check_index(index, numel(self.shape_of(tensor)), f"{self.module_name}.{tensor}")
-        result = move(self.slot(adapter, tensor), index, self.pretrained(tensor))
+        slot = self.slot(adapter, tensor)
+        result = move(slot, index, self.pretrained(tensor) if slot.absolute else None, leave)
         before = values = self.sparse_values(tensor, adapter)
         if values.shape == result.values.shape:
             values.copy_(result.values)
@@ -244,10 +250,11 @@ class HeldEntries(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.revert()
-        return {k: v for k, v in self.__dict__.items() if k not in ("in_place", "_patterns", "_quick")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("in_place", "_patterns", "_quick", "watches")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.watches = {}
         self._start_anew()
         self.attach_infos()
 

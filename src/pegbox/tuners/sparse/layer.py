@@ -1,9 +1,10 @@
 """The sparse tuner's layer around any module with a weight or a bias: k entries of it train.
 
-Three executions (chosen per layer, see `execution.py`):
+Four executions (chosen per layer, see `execution.py`):
     in_place   the tuned entries are written into the base weight; pretrained ones are kept aside; f(x, W) is the base's
     scatter    a tuned weight is built for the call (and again in backward), the base stays untouched
     bypass     base(x) + x D^T with D sparse; for packed or offloaded bases
+    lean       for each call the cheaper of the last two; nothing is kept but positions and values
 Vectors (norms, biases) are always built: they cost nothing.
 
 In place, a forward compares one stamp; it writes only after an optimizer step, a touch or a switch. If somebody
@@ -14,6 +15,7 @@ moved in between, it raises.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +26,19 @@ from torch.func import functional_call
 from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.indexsets import numel
 from pegbox.parts.parameterinfo import CLOCK, info_of
-from pegbox.tuners.sparse.execution import base_facts
+from pegbox.parts.rowsets import shared_columns_of
+from pegbox.tuners.sparse.execution import base_facts, product_is_cheaper
 from pegbox.tuners.sparse.held import TENSORS, HeldEntries
 from pegbox.tuners.sparse.in_place import InPlace
 from pegbox.tuners.sparse.lent import Lent
-from pegbox.tuners.sparse.products import Bypass, Kept, csr_pattern, operation_of
+from pegbox.tuners.sparse.products import (
+    Bypass,
+    Kept,
+    LinearOperation,
+    csr_pattern,
+    operation_of,
+    shared_columns_product,
+)
 from pegbox.tuners.sparse.slots import (
     Slot,
     add_entries,
@@ -68,7 +78,7 @@ class SparseLayer(HeldEntries):
         for adapter in {*active, *biased}:
             self._require_loaded(adapter)
         bias = self._built("bias", biased)
-        if any(self._options[a]["execution"] == "bypass" for a in active):
+        if any(self._options[a]["execution"] == "bypass" for a in active) or self._product_is_cheaper(x, active):
             self.revert()
             return self._bypassed(x, active, *args, **kwargs)
         operation = operation_of(self.base_layer) if active else None
@@ -78,6 +88,29 @@ class SparseLayer(HeldEntries):
             replaced = {name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}
             return functional_call(self.base_layer, replaced, (x, *args), kwargs)
         return self._kept(x, bias, active, operation)
+
+    def _product_is_cheaper(self, x: Tensor, active: list[str]) -> bool:
+        """For lean adapters: a product beside the base's, or a weight built for this call?"""
+        lean = [a for a in active if self._options[a]["execution"] == "lean"]
+        operation = operation_of(self.base_layer) if lean else None
+        if operation is None or not operation.sparse_product:
+            return False
+        facts = base_facts(self.base_layer)
+        if all(self._shared_columns(a) is not None for a in active):
+            return True
+        kept = sum(self.slot(a, "weight").index.numel() for a in active)
+        return product_is_cheaper(x.numel() // max(1, x.shape[-1]), kept, facts.shape, facts.transposed)
+
+    def _shared_columns(self, adapter: str) -> Tensor | None:
+        """(k,) the columns that all rows of a lean adapter train, if they are the same (looked up once per set)."""
+        key = self._sets(adapter)
+        held = self._columns.get(adapter)
+        if held is None or held[0] != key:
+            slot, facts = self.slot(adapter, "weight"), base_facts(self.base_layer)
+            lean = self._options[adapter]["execution"] == "lean" and slot.left_index is None
+            found = shared_columns_of(slot.index, facts.shape, facts.transposed) if lean else None
+            held = self._columns[adapter] = (key, found)
+        return held[1]
 
     @torch.compiler.disable
     def _kept(self, x: Tensor, bias: Tensor | None, active: list[str], operation: Any) -> Tensor:
@@ -125,25 +158,36 @@ class SparseLayer(HeldEntries):
         if not adapters:
             return None
         shape = self.shape_of(tensor)
-        return build_with_grad(self.pretrained(tensor), [self.slot(a, tensor) for a in adapters]).view(shape)
+        built = build_with_grad(self.pretrained(tensor), [self.slot(a, tensor) for a in adapters]).view(shape)
+        for adapter in adapters if self.watches and built.requires_grad else ():
+            if (adapter, tensor) in self.watches:
+                built.register_hook(lambda g, watch=self.watches[(adapter, tensor)]: watch.see(g))
+        return built
 
     def _bypassed(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         facts = base_facts(self.base_layer)
-        check = Lent(self, active, False, None, [self.identity(a) for a in active]).check
-        for adapter in active:
+        operation = operation_of(self.base_layer) or (LinearOperation(facts.transposed) if facts.packed else None)
+        lent = Lent(self, active, False, operation, [self.identity(a) for a in active])
+        for which, adapter in enumerate(active):
             slot = self.slot(adapter, "weight")
+            columns = None if self.watches or slot.absolute else self._shared_columns(adapter)
+            if columns is not None:
+                y = y + shared_columns_product(x, slot.values, columns, facts.transposed, lent.check).to(y.dtype)
+                continue
             for index, values in slot.parts():
                 change = values
                 if slot.absolute:
                     change = difference_of(self.pretrained("weight")[index.long()], values, True)
-                y = y + self._sparse_output(x, change, index, facts, check).to(y.dtype)
+                seen = partial(lent.observe, which) if values is slot.values and self.watches else None
+                y = y + self._sparse_output(x, change, index, facts, operation, lent.check, seen).to(y.dtype)
         return y
 
-    def _sparse_output(self, x: Tensor, change: Tensor, index: Tensor, facts: Any, check: Any) -> Tensor:
-        operation = operation_of(self.base_layer)
+    def _sparse_output(
+        self, x: Tensor, change: Tensor, index: Tensor, facts: Any, operation: Any, check: Any, seen: Any
+    ) -> Tensor:
         if facts.packed or (operation is not None and operation.sparse_product):
-            return Bypass.apply(x, change, index, facts.shape, facts.transposed, check)
+            return Bypass.apply(x, change, index, facts.shape, facts.transposed, check, seen)
         dense = torch.zeros(numel(facts.shape), dtype=facts.dtype, device=x.device)
         dense = dense.index_put((index.long(),), change.to(facts.dtype)).view(facts.shape)
         if operation is None:
@@ -164,6 +208,7 @@ class SparseLayer(HeldEntries):
         self.in_place = InPlace()
         self.in_place.settle(getattr(self.base_layer, "weight", None))
         self._patterns: dict[Any, Tensor] = {}
+        self._columns: dict[str, tuple[Any, Tensor | None]] = {}
         self._quick = None
 
     def _stamp(self) -> tuple[Any, ...] | None:
@@ -308,13 +353,17 @@ class SparseLayer(HeldEntries):
         return False
 
     def pattern(self, adapter: str) -> Tensor:
-        """The CSR matrix of an adapter's trained entries (made once per index set; its values are not read)."""
+        """The CSR matrix of an adapter's trained entries; its values are not read. Made once per index set, but anew
+        each time for a lean adapter, which keeps nothing."""
         key = (adapter, self._sets(adapter))
         if key not in self._patterns:
             for old in [k for k in self._patterns if k[0] == adapter]:
                 del self._patterns[old]
             slot, shape = self.slot(adapter, "weight"), self.shape_of("weight")
-            self._patterns[key] = csr_pattern(slot.index, (shape[0], shape[1]), torch.zeros_like(slot.values))
+            made = csr_pattern(slot.index, (shape[0], shape[1]), torch.zeros_like(slot.values))
+            if self._options[adapter]["execution"] == "lean":
+                return made
+            self._patterns[key] = made
         return self._patterns[key]
 
 

@@ -56,12 +56,24 @@ class Lent:
             held.write(wanted, layer.slot(self.adapters[0], "weight"))
         return layer.base.weight.detach()
 
+    def observe(self, which: int, g: Tensor, x: Tensor) -> None:
+        """Show the weight's gradient to whoever watches it."""
+        watch = self.layer.watches.get((self.adapters[which], "weight")) if self.layer.watches else None
+        if watch is None or g.is_meta:
+            return
+        with torch.autocast(g.device.type, enabled=False):
+            if self.operation.sparse_product:
+                watch.see_product(*self.operation.sides(g, x))
+            else:
+                watch.see(self.operation.dense_gradient(self.module, g, x, torch.Size(self.layer.shape_of("weight"))))
+
     def kept_gradient(self, which: int, g: Tensor, x: Tensor) -> Tensor:
         layer, adapter = self.layer, self.adapters[which]
         if g.is_meta:
             return torch.empty_like(layer.sparse_values("weight", adapter))
         if self.operation.sparse_product and layer.option(adapter, "gradient") == "sampled":
-            return sampled_product(layer.pattern(adapter), *self.operation.sides(g, x))
+            found = sampled_product(layer.pattern(adapter), *self.operation.sides(g, x))
+            return found.to(layer.sparse_values("weight", adapter).dtype)
         slot, shape = layer.slot(adapter, "weight"), torch.Size(layer.shape_of("weight"))
         dense = self.operation.dense_gradient(self.module, g, x, shape)
         return dense.reshape(-1)[slot.index.long()].to(slot.values.dtype)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pegbox.errors import BadInput, Corrupt, Unsupported
 from pegbox.parts.allocation import Allocation, Entries, Frozen, Units, Whole
 from pegbox.parts.indexsets import check_index, everything, from_units, index_dtype, numel
+from pegbox.parts.packed import Share, full_shape
+from pegbox.parts.rowsets import columns_of, flat_of_columns, laid_out, pack_columns, unpack_columns
 from pegbox.tuners.registration import register
 from pegbox.tuners.sparse.config import NAME, SparseConfig, select_component
 from pegbox.tuners.sparse.execution import base_facts, onloaded
@@ -82,7 +84,7 @@ class SparseModel(BaseTuner):
         modules = {name: _module_of(model, name) for name in wanted}
         shapes = {name: _shape(modules[name], name.rsplit(".", 1)[1]) for name in wanted}
         if given is None:
-            given = select_entries(config, modules, shapes)
+            given = select_entries(config, modules, shapes, _parameter_count(model))
         return {name: index_of_choice(given[name], shapes[name], name) for name in given if not _frozen(given[name])}
 
     def _create_and_replace(  # type: ignore[override]
@@ -116,6 +118,25 @@ class SparseModel(BaseTuner):
         setattr(parent, child_name, new_module)  # a sparse layer is made on the right device and keeps its dtype
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What is saved: an index set with equally many entries in every row as column numbers (see `rowsets`)."""
+        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+        ending = f".sparse_weight_index.{adapter_name}"
+        for key in [key for key in kept if key.endswith(ending)]:
+            layer = layers.get(key.removesuffix(ending))
+            if layer is not None:
+                kept[key] = _in_columns(kept[key], layer)
+        return kept
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -135,6 +156,8 @@ class SparseModel(BaseTuner):
             target, _, part = attribute.removeprefix("sparse_").partition("_")
             if target not in TENSORS or part not in PARTS or adapter_name not in layer._of(target, "values"):
                 raise Corrupt(f"The adapter's tensor '{key}' has no place in this model.")
+            if part.endswith("index") and tensor.ndim == 2:  # column numbers per row
+                tensor = _flat(tensor, layer, target, module_key)
             layer.resize(adapter_name, target, part, tensor.numel())
             remapped[f"{name}.{attribute}.{adapter_name}"] = tensor
         _check_loaded(bare, adapter_name, remapped)
@@ -147,9 +170,13 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 
 def select_entries(
-    config: SparseConfig, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]
+    config: SparseConfig,
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    whole: int | None = None,
 ) -> Allocation:
-    """Run the config's selector on the targets' weights; from shapes alone on the meta device."""
+    """Run the config's selector on the targets' weights; from shapes alone on the meta device. whole: parameters of the
+    model, for budgets that are a share of it."""
     selector: Any = select_component(config.select)
     if "entries" not in selector.produces:
         raise Unsupported(f"select '{selector.kind}' does not choose single entries, which the sparse tuner needs.")
@@ -158,13 +185,15 @@ def select_entries(
             f"select '{selector.kind}' needs statistics of data. Collect them, select, and attach with"
             " config.with_allocation(allocation)."
         )
+    turned = frozenset(name for name, m in modules.items() if name.endswith("weight") and base_facts(m).transposed)
     if any(base_facts(m).device.type == "meta" for m in modules.values()):
-        counts = selector.count(None, shapes)
+        counts = selector.count(None, laid_out(shapes if whole is None else Share(shapes, whole), turned))
         return Allocation(
             {n: Entries(torch.empty(k, dtype=index_dtype(numel(shapes[n])), device="meta")) for n, k in counts.items()}
         )
     weights = {name: _weight(module, name.rsplit(".", 1)[1]) for name, module in modules.items()}
-    return selector.select(None, weights, None, torch.Generator().manual_seed(config.seed))
+    given = weights if whole is None else Share(weights, whole)
+    return selector.select(None, laid_out(given, turned), None, torch.Generator().manual_seed(config.seed))
 
 
 def index_of_choice(choice: Any, shape: tuple[int, ...], name: str) -> Tensor:
@@ -177,6 +206,22 @@ def index_of_choice(choice: Any, shape: tuple[int, ...], name: str) -> Tensor:
         case Units(axis=axis, index=index):
             return from_units(axis, index, shape)
     raise Unsupported(f"{name}: the sparse tuner can't hold the choice {type(choice).__name__}.")
+
+
+def _in_columns(index: Tensor, layer: SparseLayer) -> Tensor:
+    """An index as it is written: packed column numbers where every row has equally many, else flat positions."""
+    facts = base_facts(layer.get_base_layer())
+    columns = columns_of(index, facts.shape, facts.transposed)
+    return index if columns is None else pack_columns(columns, numel(facts.shape) // columns.shape[0])
+
+
+def _flat(columns: Tensor, layer: SparseLayer, tensor: str, key: str) -> Tensor:
+    facts = base_facts(layer.get_base_layer())
+    try:
+        flat = flat_of_columns(unpack_columns(columns), layer.shape_of(tensor), facts.transposed)
+    except BadInput as error:
+        raise Corrupt(f"'{key}.{tensor}': {error} The adapter was made on another base, or is damaged.") from None
+    return flat.to(columns.device)
 
 
 def _check_loaded(bare: Mapping[str, tuple[str, SparseLayer]], adapter: str, tensors: Mapping[str, Tensor]) -> None:
@@ -214,6 +259,17 @@ def _shared_weights(model: nn.Module) -> set[str]:
         if weight is not None:
             owners.setdefault(id(weight), []).append(bare_name(name))
     return {name for names in owners.values() if len(set(names)) > 1 for name in names}
+
+
+def _parameter_count(model: nn.Module) -> int:
+    """Parameters of the base, packed ones at their full size; adapters' own are left out."""
+    own = {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) for p in _adapter_parameters(m)}
+    return sum(numel(full_shape(p)) for p in model.parameters() if id(p) not in own)
+
+
+def _adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    base = {id(p) for p in layer.get_base_layer().parameters()}
+    return [p for p in layer.parameters() if id(p) not in base]
 
 
 def _module_of(model: nn.Module, tensor: str) -> nn.Module:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-__all__ = ["Bypass", "Holder", "Kept", "Operation", "csr_pattern", "operation_of", "sampled_product"]
+__all__ = [
+    "Bypass",
+    "Holder",
+    "Kept",
+    "Operation",
+    "csr_pattern",
+    "operation_of",
+    "sampled_product",
+    "shared_columns_product",
+]
 
 
 class Holder(Protocol):
@@ -35,10 +44,15 @@ class Holder(Protocol):
     def kept_gradient(self, which: int, g: Tensor, x: Tensor) -> Tensor:
         """(k,) the gradient of the `which`-th adapter's values."""
 
+    def observe(self, which: int, g: Tensor, x: Tensor) -> None:
+        """Told of every backward in which the `which`-th adapter's values train."""
+
 
 def csr_pattern(index: Tensor, shape: tuple[int, int], values: Tensor) -> Tensor:
-    """A CSR matrix of `shape` with `values` (k,) at the sorted flat `index` (k,); shares the values' memory."""
+    """A CSR matrix of `shape` with `values` (k,) at the sorted flat `index` (k,); shares the values' memory (16-bit
+    values are widened: sparse products are not there in 16 bits)."""
     rows, columns = shape
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     wide = index.long()
     starts = torch.arange(rows + 1, device=index.device) * columns
     small = rows < 2**31 and index.numel() < 2**31
@@ -166,7 +180,10 @@ class Kept(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gb = operation.bias_gradient(g)
         x = ctx.saved_tensors[0] if any(ctx.needs_input_grad[3:]) else None
-        kept = [holder.kept_gradient(i, g, x) if needed else None for i, needed in enumerate(ctx.needs_input_grad[3:])]
+        needed = ctx.needs_input_grad[3:]
+        kept = [holder.kept_gradient(i, g, x) if wanted else None for i, wanted in enumerate(needed)]
+        for i in (i for i, wanted in enumerate(needed) if wanted):
+            holder.observe(i, g, x)
         return gx, gb, None, *kept
 
 
@@ -182,7 +199,9 @@ class Bypass(torch.autograd.Function):
         shape: tuple[int, int],
         transposed: bool,
         check: Callable[[], None],
+        observe: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
+        ctx.observe = observe
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, index)
         ctx.shape, ctx.transposed, ctx.x_meta, ctx.check = shape, transposed, (x.shape, x.dtype), check
         return _sparse_times(csr_pattern(index, shape, values.detach()), x, forward=not transposed)
@@ -196,8 +215,24 @@ class Bypass(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = _sparse_times(matrix, g, forward=ctx.transposed).to(ctx.x_meta[1]).view(ctx.x_meta[0])
         if ctx.needs_input_grad[1]:
-            gv = sampled_product(matrix, *LinearOperation(ctx.transposed).sides(g, x))
-        return gx, gv, None, None, None, None
+            gv = sampled_product(matrix, *LinearOperation(ctx.transposed).sides(g, x)).to(values.dtype)
+            if ctx.observe is not None:
+                ctx.observe(g, x)
+        return gx, gv, None, None, None, None, None
+
+
+def shared_columns_product(
+    x: Tensor, values: Tensor, columns: Tensor, transposed: bool, check: Callable[[], None]
+) -> Tensor:
+    """x[..., columns] theta^T: a sparse update whose rows all have the same columns is a small dense product.
+
+    Shapes: x (..., in); values (out * k,), row by row (transposed: column by column); columns (k,). Saves (..., k).
+    """
+    theta = values.view(columns.numel(), -1) if transposed else values.view(-1, columns.numel()).t()
+    y = x.index_select(-1, columns.long()) @ theta.to(x.dtype)
+    if y.requires_grad:
+        y.register_hook(lambda _: check())  # a fused optimizer writes without autograd's notice
+    return y
 
 
 def _sparse_times(matrix: Tensor, x: Tensor, forward: bool) -> Tensor:

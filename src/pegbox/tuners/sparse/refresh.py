@@ -1,8 +1,10 @@
-"""Choosing the trained entries again while training: values and optimizer state follow, nothing else changes.
+"""Moving the trained entries while training: values and optimizer state follow, nothing else changes.
 
-Right before updates T, 2T, ...:  index <- selector(current weights);  entries that stay keep value and moments, entries
-that enter start from the current weight with moments 0, entries that leave keep their value and lose their moments; the
-step count is not reset. Source: Liu et al., arXiv:2506.00772, algorithm 1; the accumulative form: its appendix A.
+The selector says when (`due`), what has to be seen for it (`watches`) and where to (`relocate`): a mask chosen again on
+the weights of now, entries dropped and grown, a later stage with fewer of them. Entries that stay keep value and state;
+entries that leave keep their value, or go back to the pretrained one, and lose their state; entries that enter start
+with state 0 (or as the selector's seeds say); the step count is not reset. Source: Liu et al., arXiv:2506.00772,
+algorithm 1 (refresh); Ansell et al., arXiv:2401.16405 (drop and grow).
 
 `MaskRefresh` is the schedule for the engine, `callbacks_for` wraps it for anybody's transformers trainer.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +22,19 @@ from torch import Tensor, nn
 from pegbox.errors import BadInput, RunFailed, Unsupported
 from pegbox.parts.allocation import Allocation, Entries
 from pegbox.parts.context import seed_of
-from pegbox.parts.indexsets import budget_counts, intersect
-from pegbox.parts.optimstate import owner_of, remap, replace
+from pegbox.parts.indexsets import intersect, locate
+from pegbox.parts.moves import Held, Relocation
+from pegbox.parts.optimstate import owner_of, remap, replace, seed_moments
+from pegbox.parts.watching import Watch
 from pegbox.tuners.sparse.config import SparseConfig, select_component
+from pegbox.tuners.sparse.execution import base_facts
 from pegbox.tuners.sparse.in_place import is_sharded
 from pegbox.tuners.sparse.layer import TENSORS, SparseLayer
 from pegbox.tuners.sparse.model import sparse_layers
+from pegbox.tuners.sparse.products import operation_of
+from pegbox.tuners.sparse.slots import difference_of
 
-__all__ = ["MaskRefresh", "Refreshed", "callbacks_for", "refresh"]
+__all__ = ["MaskRefresh", "Refreshed", "callbacks_for", "read_index", "refresh", "start_watching", "stop_watching"]
 
 Slots = dict[str, tuple[SparseLayer, str]]  # bare tensor name -> (layer, "weight" | "bias")
 
@@ -49,14 +57,16 @@ def refresh(
     *,
     adapter: str = "default",
     generator: torch.Generator | None = None,
+    step: int = 0,
+    total: int = 0,
 ) -> Refreshed:
-    """Select again on the current weights, and move values and optimizer state.
+    """Ask the selector where its entries go, and move values and optimizer state there.
 
     Args:
-        selector: a component of the select axis that chooses entries; its `schedule.mode` says whether entries may
-            leave ("dynamic") or are only added up to `schedule.limit` ("accumulative").
+        selector: a component of the select axis that chooses entries; `relocate` says how they move.
         optimizer: the optimizer (or several) that steps the values; None: there is no state to move.
         generator: for selectors that draw.
+        step, total: finished optimizer steps, and those of the whole training, for selectors that go by them.
 
     Raises `Unsupported` on a sharded model and where the number of entries would change under DDP, `RunFailed` if
     ranks choose differently.
@@ -64,48 +74,144 @@ def refresh(
     slots = _slots(model, adapter)
     _check_whole(slots)
     generator = generator or torch.Generator().manual_seed(0)
-    chosen = _choose(selector, slots, adapter, generator)
-    digest = chosen.digest()
+    owners = {name: _owner(optimizer, layer.sparse_values(tensor, adapter)) for name, (layer, tensor) in slots.items()}
+    held = {name: _held(name, *slots[name], adapter, owners[name]) for name in slots}
+    moves = selector.relocate(step, total, held, generator)
+    digest = Allocation({name: Entries(move.index) for name, move in moves.items()}).digest()
     _same_on_all_ranks(digest)
     trained = kept = touched = 0
     for name, (layer, tensor) in slots.items():
-        choice = chosen.get(name)
-        if not isinstance(choice, Entries):
-            raise BadInput(f"The new selection has no entries for '{name}', which is being trained.")
-        before = layer.slot(adapter, tensor).index
-        kept += intersect(choice.index, before).numel()
-        if choice.index.numel() != before.numel():
+        move, before = moves[name], layer.slot(adapter, tensor).index
+        kept += intersect(move.index, before).numel()
+        if move.index.numel() != before.numel():
             _check_resizable(name)
-        old, values, source = layer.move(adapter, tensor, choice.index)
-        owner = owner_of(optimizer, old) if optimizer is not None else None
-        if owner is not None:
-            replace(owner, old, values)
-            remap(owner, values, source, old.shape)
-        trained += choice.index.numel()
+        _carry_out(move, layer, tensor, adapter, owners[name])
+        trained += move.index.numel()
         touched += layer.touched(adapter, tensor)
     return Refreshed(trained, kept, touched, digest)
 
 
+def _owner(optimizer: Any, values: nn.Parameter) -> torch.optim.Optimizer | None:
+    return None if optimizer is None else owner_of(optimizer, values)
+
+
+def _held(name: str, layer: SparseLayer, tensor: str, adapter: str, owner: torch.optim.Optimizer | None) -> Held:
+    slot = layer.slot(adapter, tensor)
+    values = slot.values.detach()
+    return Held(
+        name=name,
+        shape=layer.shape_of(tensor),
+        index=slot.index,
+        values=values,
+        change=lambda: difference_of(layer.reference_values(adapter, tensor), values, True) if slot.absolute else values,
+        tuned=partial(layer.tuned, tensor),
+        state={} if owner is None else owner.state.get(slot.values, {}),
+        watched=layer.watches.get((adapter, tensor)),
+    )
+
+
+def _carry_out(
+    move: Relocation, layer: SparseLayer, tensor: str, adapter: str, owner: torch.optim.Optimizer | None
+) -> None:
+    old, values, source = layer.move(adapter, tensor, move.index, move.leave)
+    if owner is None:
+        return
+    replace(owner, old, values)
+    remap(owner, values, source, old.shape)
+    if move.seeds is not None and move.seeds.index.numel():
+        at = locate(move.seeds.index, layer.slot(adapter, tensor).index)
+        seed_moments(owner, values, at, move.seeds.mean, move.seeds.square, move.seeds.samples)
+
+
 @dataclass
 class MaskRefresh:
-    """A selector's schedule at work. `every` is 1 because it keeps time itself: right before updates T, 2T, ..."""
+    """A selector's moves at work: a schedule for the engine. `every` is 1 because the selector keeps time itself.
+
+    Args:
+        total: () -> optimizer steps of the whole training, for selectors that go by them.
+        model: what trains; needed to go on with gradients that were being watched when a checkpoint was written.
+    """
 
     selector: Any
     seed: int = 0
     adapter: str = "default"
     every: int | None = 1
     done: list[Refreshed] = field(default_factory=list)
+    total: Callable[[], int] = lambda: 0
+    model: nn.Module | None = None
 
     def due(self, step: int) -> bool:
-        """Whether to select again before the next update, after `step` finished ones."""
-        schedule = self.selector.schedule
-        return schedule.moves and (step + 1) % schedule.every == 0
+        """Whether entries move before the next update, after `step` finished ones."""
+        return bool(self.selector.due(step, self.total()))
+
+    def begin(self, step: int, model: nn.Module) -> None:
+        """Called before the first update of this process; only a training's very first begins to watch here."""
+        if step == 0 and self.selector.watches(0, self.total()):
+            start_watching(model, self.adapter)
+
+    def after_step(self, step: int, model: nn.Module) -> None:
+        """Called after every update, in every process: what was seen of it is complete."""
+        for watch in _watches(model, self.adapter).values():
+            watch.close()
 
     def refresh(self, step: int, model: nn.Module, optimizer: Any) -> None:
-        """Called before every optimizer step."""
+        """Called before every optimizer step but the first."""
+        self.after_step(step, model)
         if self.due(step):
             draw = torch.Generator().manual_seed(seed_of(self.seed, "refresh", step))
-            self.done.append(refresh(model, self.selector, optimizer, adapter=self.adapter, generator=draw))
+            moved = refresh(
+                model, self.selector, optimizer, adapter=self.adapter, generator=draw, step=step, total=self.total()
+            )
+            self.done.append(moved)
+            stop_watching(model)
+        if self.selector.watches(step, self.total()):
+            start_watching(model, self.adapter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gradients seen so far; empty while nothing is watched."""
+        watches = {} if self.model is None else _watches(self.model, self.adapter)
+        return {"watched": {name: watch.state_dict() for name, watch in watches.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.model is None:
+            raise BadInput("Moves can go on from a checkpoint only where they were given the model.")
+        stop_watching(self.model)
+        if not state["watched"]:
+            return
+        start_watching(self.model, self.adapter)
+        for name, watch in _watches(self.model, self.adapter).items():
+            watch.load_state_dict(state["watched"][name])
+
+
+def start_watching(model: nn.Module, adapter: str = "default") -> None:
+    """From the next backward on, watch the gradients of all tensors that the adapter trains entries of.
+
+    Raises `Unsupported` for a layer whose whole gradient is not to be had, or is sharded.
+    """
+    slots = _slots(model, adapter)
+    _check_whole(slots)
+    for name, (layer, tensor) in slots.items():
+        facts = base_facts(layer.base_layer)
+        bypassed = layer.option(adapter, "execution") == "bypass"
+        if bypassed and not facts.packed and not getattr(operation_of(layer.base_layer), "sparse_product", False):
+            raise Unsupported(f"'{name}': its gradient can't be watched beside the base. Use execution: scatter.")
+        values = layer.sparse_values(tensor, adapter)
+        layer.watches[(adapter, tensor)] = Watch(values.numel(), values.dtype)
+
+
+def stop_watching(model: nn.Module) -> None:
+    """Forget what was seen."""
+    for layer in sparse_layers(model).values():
+        layer.watches.clear()
+
+
+def _watches(model: nn.Module, adapter: str) -> dict[str, Watch]:
+    return {
+        f"{name}.{tensor}": watch
+        for name, layer in sparse_layers(model).items()
+        for (owner, tensor), watch in layer.watches.items()
+        if owner == adapter
+    }
 
 
 def callbacks_for(config: SparseConfig | Any, adapter: str = "default") -> list[Any]:
@@ -121,7 +227,14 @@ def callbacks_for(config: SparseConfig | Any, adapter: str = "default") -> list[
     if schedule is None or not schedule.moves:
         return []
     work = MaskRefresh(selector, seed=config.seed if isinstance(config, SparseConfig) else 0, adapter=adapter)
-    return [_callback("on_step_begin", lambda state, model, opt: work.refresh(state.global_step, model, opt))]
+
+    def before(state: Any, model: nn.Module, optimizer: Any) -> None:
+        work.total = lambda: int(state.max_steps)
+        if state.global_step == 0:
+            work.begin(0, model)
+        work.refresh(state.global_step, model, optimizer)
+
+    return [_callback("on_step_begin", before)]
 
 
 def _callback(event: str, act: Callable[[Any, nn.Module, Any], None]) -> Any:
@@ -140,7 +253,7 @@ def _reallocate(model: nn.Module, step: int) -> None:
     inner.base_model.update_and_allocate(step)
 
 
-# ---- choosing
+# ---- slots
 
 
 def _slots(model: nn.Module, adapter: str) -> Slots:
@@ -154,45 +267,6 @@ def _slots(model: nn.Module, adapter: str) -> Slots:
     if not found:
         raise BadInput(f"The model has no sparse adapter '{adapter}' to select again.")
     return found
-
-
-def _choose(selector: Any, slots: Slots, adapter: str, generator: torch.Generator) -> Allocation:
-    if selector.schedule.mode == "accumulative":
-        return _accumulate(selector, slots, adapter, generator)
-    if getattr(selector, "scope", "global") == "per_tensor":  # one tensor at a time: nothing is held
-        result = Allocation()
-        for name, (layer, tensor) in slots.items():
-            result.update(selector.select(None, {name: layer.tuned(tensor)}, None, copy_of(generator)))
-        return result
-    weights = {name: layer.tuned(tensor) for name, (layer, tensor) in slots.items()}
-    return selector.select(None, weights, None, generator)
-
-
-def _accumulate(selector: Any, slots: Slots, adapter: str, generator: torch.Generator) -> Allocation:
-    """To each tensor's set the next entries, as many as it started with, until the limit is full."""
-    if selector.scope != "per_tensor":
-        raise Unsupported("An accumulative schedule needs scope 'per_tensor'.")
-    shapes = {name: layer.shape_of(tensor) for name, (layer, tensor) in slots.items()}
-    step, limit = _counts(selector.budget, shapes), _counts(selector.schedule.limit, shapes)
-    result = Allocation()
-    for name, (layer, tensor) in slots.items():
-        present = layer.slot(adapter, tensor).index
-        extra = min(step[name], limit[name] - present.numel())
-        if extra <= 0:
-            result[name] = Entries(present)
-            continue
-        draw = torch.Generator().manual_seed(seed_of(generator.initial_seed(), name))
-        result[name] = Entries(selector.more(name, layer.tuned(tensor), present, extra, draw))
-    return result
-
-
-def _counts(budget: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    return budget_counts(budget, shapes, "per_tensor")
-
-
-def copy_of(generator: torch.Generator) -> torch.Generator:
-    """A generator in the same state: each tensor draws from its own stream of the one seed."""
-    return torch.Generator().manual_seed(generator.initial_seed())
 
 
 # ---- several processes

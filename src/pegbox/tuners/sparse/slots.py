@@ -9,6 +9,7 @@ left keeps the value it had reached. Pure functions over (tensor, slot); who hol
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,8 +50,10 @@ class Slot:
         return [trained] if self.left_index is None else [(self.left_index, self.left_values), trained]  # type: ignore[list-item]
 
 
-def values_dtype(base: torch.dtype) -> torch.dtype:
-    """float32, or float64 where the base is float64."""
+def values_dtype(base: torch.dtype, wanted: str = "float32") -> torch.dtype:
+    """float32, or float64 where the base is float64; bfloat16 if `wanted`."""
+    if wanted == "bfloat16":
+        return torch.bfloat16
     return torch.float64 if base == torch.float64 else torch.float32
 
 
@@ -58,7 +61,8 @@ def tuned_entries(original: Tensor, values: Tensor, absolute: bool) -> Tensor:
     """The tuned entries in the base's dtype. original, values: (k,)."""
     if absolute:
         return values.to(original.dtype)
-    return (original.to(values.dtype) + values).to(original.dtype)
+    wide = torch.promote_types(torch.promote_types(original.dtype, values.dtype), torch.float32)
+    return (original.to(wide) + values.to(wide)).to(original.dtype)
 
 
 def difference_of(original: Tensor, values: Tensor, absolute: bool) -> Tensor:
@@ -133,11 +137,12 @@ class Moved:
     source: Tensor
 
 
-def move(slot: Slot, index: Tensor, pretrained: Tensor) -> Moved:
-    """Train the entries `index` (k,) from now on; no entry of the tensor changes its value.
+def move(slot: Slot, index: Tensor, pretrained: Tensor | None, leave: Literal["keep", "revert"] = "keep") -> Moved:
+    """Train the entries `index` (k,) from now on.
 
-    Entries that leave keep what they reached, those that come back bring it along, others start at the pretrained
-    weight. pretrained: the flat tensor without the update.
+    leave "keep": no entry of the tensor changes its value: entries that leave keep what they reached, those that come
+    back bring it along, others start at the pretrained weight. "revert": entries that leave go back to the pretrained
+    weight. pretrained: the flat tensor without the update (None will do for delta coordinates).
     """
     index = index.to(slot.index.device, slot.index.dtype)
     source = locate(index, slot.index)
@@ -145,6 +150,8 @@ def move(slot: Slot, index: Tensor, pretrained: Tensor) -> Moved:
     known = source >= 0
     values[known] = slot.values.detach()[source[known]]
     gone = locate(slot.index, index) < 0
+    if leave == "revert":
+        gone = torch.zeros_like(gone)
     left_index, left_values = slot.index[gone], slot.values.detach()[gone]
     if slot.left_index is not None and slot.left_values is not None:
         back = locate(index, slot.left_index)
@@ -158,8 +165,9 @@ def move(slot: Slot, index: Tensor, pretrained: Tensor) -> Moved:
     return Moved(index, values, left_index[changed][order], left_values[changed][order], source)
 
 
-def _start(pretrained: Tensor, index: Tensor, slot: Slot) -> Tensor:
+def _start(pretrained: Tensor | None, index: Tensor, slot: Slot) -> Tensor:
     """Values that leave the tensor as it was pretrained."""
     if not slot.absolute:
         return torch.zeros(index.numel(), dtype=slot.values.dtype, device=slot.values.device)
+    assert pretrained is not None
     return pretrained[index.long()].to(slot.values.dtype)

@@ -33,8 +33,9 @@ class SparseTuner(Tuner):
     moves: ClassVar[frozenset[str]] = frozenset({"slots"})
 
     coordinates: Literal["absolute", "delta"] = "delta"
-    execution: Literal["auto", "in_place", "scatter", "bypass"] = "auto"
+    execution: Literal["auto", "in_place", "scatter", "bypass", "lean"] = "auto"
     gradient: Literal["sampled", "dense"] = "sampled"
+    values: Literal["float32", "bfloat16"] = "float32"
     tensors: tuple[Literal["weight", "bias"], ...] = Field(default=("weight",), min_length=1)
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
@@ -65,6 +66,7 @@ class SparseTuner(Tuner):
             "coordinates": self.coordinates,
             "execution": self.execution,
             "gradient": self.gradient,
+            "values": self.values,
             "tensors": list(self.tensors),
             "target_modules": _plain(self.target_modules),
             "exclude_modules": _plain(self.exclude_modules),
@@ -90,7 +92,7 @@ class SparseTuner(Tuner):
             return []
         from pegbox.tuners.sparse.refresh import MaskRefresh
 
-        return [MaskRefresh(selector, seed=ctx.seed)]
+        return [MaskRefresh(selector, seed=ctx.seed, total=lambda: ctx.total_steps, model=ctx.model)]
 
     def reference(self, model: Any) -> AbstractContextManager[Any]:
         return model.disable_adapter()
