@@ -35,6 +35,7 @@ COMMANDS = (
     "chat",
     "export",
     "merge",
+    "analyze",
     "runs",
     "doctor",
     "schema",

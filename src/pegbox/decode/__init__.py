@@ -1,6 +1,6 @@
 """The decoding axis: how an answer is drawn. Importing this package registers the built-in kinds."""
 
-from pegbox.decode import emulated
+from pegbox.decode import emulated, scaled
 from pegbox.decode.base import DECODE, DecodeContext, Decoder, Decoding, Session
 
-__all__ = ["DECODE", "DecodeContext", "Decoder", "Decoding", "Session", "emulated"]
+__all__ = ["DECODE", "DecodeContext", "Decoder", "Decoding", "Session", "emulated", "scaled"]

@@ -44,7 +44,9 @@ class ModelPair:
             raise Unsupported("A pair is walked along one residual stream; an encoder-decoder has two.")
         if base is not None and hasattr(base, "peft_config"):
             raise BadInput("The base of a pair has an adapter attached. Give the bare model, or leave it out.")
-        self.tuned, self.base = tuned.eval(), base.eval() if base is not None else None
+        if any(c.is_prompt_learning or c.is_adaption_prompt for c in getattr(tuned, "peft_config", {}).values()):
+            raise Unsupported("A prompt adapter adds positions, so base and tuned model have no stream in common.")
+        self.tuned, self.base = tuned, base
         self.walk = BlockWalk(tuned)
         anatomy = Anatomy.of(tuned)
         if base is None:
@@ -77,6 +79,19 @@ class ModelPair:
     def shared(self) -> bool:
         """One copy of the weights, the base being the tuned model with its adapters off."""
         return self.base is None
+
+    @contextmanager
+    def as_evaluated(self) -> Iterator[None]:
+        """Both in evaluation mode for a while; afterwards every module is in the mode it was in."""
+        models = [self.tuned, *([self.base] if self.base is not None else [])]
+        modes = [(module, module.training) for model in models for module in model.modules()]
+        try:
+            for model in models:
+                model.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     @contextmanager
     def as_base(self) -> Iterator[nn.Module]:
@@ -136,19 +151,39 @@ class ModelPair:
 
 @contextmanager
 def switched_off(modules: Sequence[Any]) -> Iterator[None]:
-    """Adapters off for a while; flags of activity and of gradients are as before afterwards, also on exceptions."""
-    before = [m for m in modules if not m._disable_adapters]
-    flags = [(p, p.requires_grad) for m in before for p in m.parameters()]
+    """Adapters off for a while; afterwards all is as before, also on exceptions: activity, merging, gradients' flags.
+
+    Layers whose flag is all there is to switch have it set; others (merged, copied, written in place) are switched by
+    their own methods.
+    """
+    on = [m for m in modules if not m._disable_adapters]
+    quick = [m for m in on if _is_quick(m)]
+    slow = [(m, [(p, p.requires_grad) for p in m.parameters()], _merged(m)) for m in on if not _is_quick(m)]
     try:
-        for module in before:
+        for module in quick:
+            module._disable_adapters = True
+        for module, _, _ in slow:
             module.enable_adapters(False)
         yield
     finally:
-        for module in before:
+        for module in quick:
+            module._disable_adapters = False
+        for module, flags, merged in slow:
             module.enable_adapters(True)
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
+            if merged and not module.merged:
+                module.merge(adapter_names=merged)
+            for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+
+def _is_quick(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return getattr(type(module), "enable_adapters", None) is BaseTunerLayer.enable_adapters and not module.merged
+
+
+def _merged(module: Any) -> list[str]:
+    return list(getattr(module, "merged_adapters", ()) or ())
 
 
 def _adapters_in(module: nn.Module) -> list[Any]:
