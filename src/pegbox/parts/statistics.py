@@ -4,9 +4,10 @@ Of each linear layer y = W x, from its input X (tokens x n) and, where asked, th
 
     input_mean  mean x          input_covariance  mean x x^T (not centred)       gradient_sum     mean of g
     input_abs   mean |x|        input_norm        sqrt(mean x^2)                 gradient_abs     mean of |g|
-                                                                                 gradient_square  mean of g^2
+                                input_unit_norm   mean of ||x_u||                gradient_square  mean of g^2
 
-with g = G_u^T X_u over each unit u: a batch, a sample or a token. Everything comes from hooks on inputs and output
+with x_u a head's part of an attention output's input (elsewhere a single feature: mean |x|), and g = G_u^T X_u over
+each unit u: a batch, a sample or a token. Everything comes from hooks on inputs and output
 gradients and not from `.grad`, so it exists over frozen and packed weights. Padding doesn't count. Layers that get the
 very same input (q, k, v; gate, up) share one tensor.
 """
@@ -42,7 +43,8 @@ class StatSpec:
         kinds: names as in this file's header.
         targets: words for modules as `Anatomy.resolve` takes them; empty: all linears in the blocks.
         per: the unit whose gradient is squared or made absolute.
-        batches: how many calibration batches are used at most.
+        batches: how many calibration batches are used at most; None: all that there are.
+        batch_size: rows of a calibration batch, where a recipe's runner makes them.
         weigh: "token": every token counts alike; "sequence": covariances are summed over a sequence's tokens and
             averaged over sequences, means are averaged within a sequence first.
         normalize: divide each sequence's inputs by their largest absolute entry ("abs_max"), by the absolute value of
@@ -53,7 +55,8 @@ class StatSpec:
     kinds: tuple[str, ...]
     targets: tuple[str, ...] = ()
     per: Literal["batch", "sample", "token"] = "batch"
-    batches: int = 32
+    batches: int | None = 32
+    batch_size: int = 8
     weigh: Literal["token", "sequence"] = "token"
     normalize: Literal["none", "abs_max", "signed_max"] = "none"
     dtype: Literal["float32", "float64"] = "float32"
@@ -62,7 +65,7 @@ class StatSpec:
         for kind in self.kinds:
             if kind not in INPUT_KINDS | GRADIENT_KINDS:
                 raise BadInput(f"Unknown statistic '{kind}'.{did_you_mean(kind, INPUT_KINDS | GRADIENT_KINDS)}")
-        if not self.kinds or self.batches < 1:
+        if not self.kinds or (self.batches is not None and self.batches < 1):
             raise BadInput("A statistic needs at least one kind and one batch.")
 
     @property
@@ -204,7 +207,7 @@ def _run(
 ) -> None:
     device = next(model.parameters()).device
     for number, batch in enumerate(batches):
-        if number >= spec.batches:
+        if spec.batches is not None and number >= spec.batches:
             break
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k not in _SIDE}
         collector.begin(inputs)
@@ -234,11 +237,15 @@ class _gradients_from:
         self.modules = [model.get_submodule(anatomy.actual(name)) for name in [*names, *first]]
 
     def __enter__(self) -> None:
-        self.handles = [m.register_forward_hook(lambda m, args, out: out.requires_grad_(True)) for m in self.modules]
+        self.handles = [m.register_forward_hook(_require_gradient, prepend=True) for m in self.modules]
 
     def __exit__(self, *_: Any) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _require_gradient(module: nn.Module, args: Any, out: Tensor) -> None:
+    out.requires_grad_(True)
 
 
 def fingerprint(model: nn.Module, anatomy: Anatomy | None = None, modules: Iterable[str] | None = None) -> str:

@@ -203,11 +203,11 @@ class StageJob:
                 "gradients). Use rows.packing=false."
             )
 
-    def batches(self, tokenizer: Any, count: int | None = None) -> Callable[[], Iterable[Any]]:
-        """Calibration batches: the first training rows, in the data's own order, in micro-batches."""
+    def batches(self, tokenizer: Any, count: int | None = None, size: int = 8) -> Callable[[], Iterable[Any]]:
+        """Calibration batches: the first training rows, in the data's own order, `size` at a time."""
         examples = self.data.encoded("train", self.recipe.task, tokenizer)
         collate = self.recipe.task.collator(tokenizer)
-        size = min(8, len(examples))
+        size = min(size, len(examples))
 
         def run() -> Iterable[Any]:
             limit = len(examples) if count is None else min(len(examples), count * size)
@@ -278,7 +278,8 @@ class StageJob:
         from pegbox.parts.statistics import collect
 
         view = self.recipe.task.view(model)
-        return collect(model, wanted, self.batches(ctx.tokenizer, wanted.batches)(), loss=self._loss_of(view))
+        batches = self.batches(ctx.tokenizer, wanted.batches, wanted.batch_size)
+        return collect(model, wanted, batches(), loss=self._loss_of(view))
 
     def _loss_of(self, view: Any) -> Callable[[nn.Module, Any], Any]:
         def loss(_: nn.Module, batch: Any) -> Any:
