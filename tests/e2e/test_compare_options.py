@@ -10,7 +10,7 @@ from pegbox.cli.main import app
 from pegbox.errors import BadInput
 
 COMMON = ["--batch", 2, "--max-length", 200, "--suite", "target", "--json", "--yes", "train.micro_batch=2"]
-SMALL = ["tuner.r=4", "evaluation.max_new_tokens=4"]
+SMALL = ["evaluation.max_new_tokens=4"]
 
 
 def call(*words):
@@ -34,6 +34,7 @@ def compared(base, rows, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_several_cells_at_once_give_what_one_after_another_gives(compared, base, rows, tmp_path):
     together = compared(["lora"], "--steps", 2, "--jobs", 2, seeds=2)["lora"]
     assert together["status"] == "finished"
@@ -45,16 +46,17 @@ def test_several_cells_at_once_give_what_one_after_another_gives(compared, base,
     assert row["suites"] == together["suites"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_shown_as_a_row(compared, base, rows, tmp_path):
     pegbox.train(
         "full", model=str(base), data=str(rows / "chat.jsonl"), out=tmp_path / "own", steps=2, batch=2, micro_batch=2,
-        max_length=200, suites=["target"], eval_split=0.25, overrides=SMALL[1:],
+        max_length=200, suites=["target"], eval_split=0.25, overrides=SMALL,
     )  # fmt: skip
     found = compared(["lora"], "--steps", 2, "--import", tmp_path / "own")
     assert any("own" in name for name in found)
 
 
-@pytest.mark.parametrize("budget", ["flops=1e12", "seconds=2"])
+@pytest.mark.parametrize("budget", ["flops=5e9", pytest.param("seconds=2", marks=pytest.mark.slow)])
 def test_a_budget_in_flops_or_seconds_gives_every_row_its_steps(compared, budget):
     found = compared(["lora"], "--budget", budget)
     assert found["lora"]["status"] == "finished"
@@ -66,6 +68,7 @@ def test_sizes_are_matched_by_parameters(compared):
     assert abs(sizes[1] / sizes[0] - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_sizes_are_matched_by_memory(compared):
     found = compared(["lora"], "--steps", 2, "--match", "memory=2GiB")
     assert found["lora"]["status"] == "finished"
