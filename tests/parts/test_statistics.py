@@ -47,7 +47,7 @@ def model():
     return tiny_llama().double()
 
 
-INPUTS = ("input_mean", "input_abs", "input_norm", "input_covariance")
+INPUTS = ("input_mean", "input_abs", "input_norm", "input_unit_norm", "input_covariance")
 
 
 @pytest.mark.parametrize("weigh", ["token", "sequence"])
@@ -77,6 +77,19 @@ def test_inputs_against_the_formulas(model):
     torch.testing.assert_close(stats["input_covariance"][UP], x.T @ x / 12)
     scaled = collect(model, spec("input_covariance", weigh="sequence", normalize="signed_max"), [{"input_ids": ids}])
     torch.testing.assert_close(scaled["input_covariance"][UP], x.T @ x / x.max() ** 2)
+
+
+def test_a_heads_norm_is_taken_per_token(model):
+    o, down = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"
+    seen = {}
+    for name in (o, down):
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0][0]}))
+    ids = torch.arange(12).view(1, 12)
+    model(input_ids=ids)
+    wanted = dict(seen)
+    stats = collect(model, spec("input_unit_norm"), [{"input_ids": ids}])
+    torch.testing.assert_close(stats["input_unit_norm"][o], wanted[o].view(12, 4, 8).norm(dim=-1).mean(0))
+    torch.testing.assert_close(stats["input_unit_norm"][down], wanted[down].abs().mean(0))
 
 
 def test_layers_with_one_input_share_one_tensor(model):

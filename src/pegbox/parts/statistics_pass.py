@@ -20,7 +20,7 @@ from pegbox.parts.anatomy import Anatomy, Piece
 
 __all__ = ["GRADIENT_KINDS", "INPUT_KINDS", "Collector", "flat_sequences"]
 
-INPUT_KINDS = frozenset({"input_mean", "input_abs", "input_norm", "input_covariance"})
+INPUT_KINDS = frozenset({"input_mean", "input_abs", "input_norm", "input_unit_norm", "input_covariance"})
 GRADIENT_KINDS = frozenset({"gradient_sum", "gradient_abs", "gradient_square"})
 _RECENT = 4  # inputs remembered to see whether the next layer gets the same one
 
@@ -73,6 +73,9 @@ class Collector:
         self.sequences = self.tokens = 0
         self._recent: deque[tuple[Tensor, str]] = deque(maxlen=_RECENT)
         self._masks: dict[str, Tensor | None] = {}
+        self._heads = {
+            a.matrices["o"]: a.heads for block in anatomy.blocks for a in block.attentions if "o" in a.matrices
+        }
         cross = [a for block in anatomy.blocks for a in block.attentions if a.cross]
         self._from_encoder = {a.matrices[role] for a in cross for role in ("k", "v", "kv") if role in a.matrices}
 
@@ -165,6 +168,9 @@ class Collector:
             for kind in self.input_kinds:
                 if kind == "input_covariance":
                     sums.add(kind, values.T @ values)
+                elif kind == "input_unit_norm":
+                    heads = self._heads.get(name) or values.shape[1]
+                    sums.add(kind, values.view(len(values), heads, -1).norm(dim=-1).sum(dim=0) * share)
                 else:
                     sums.add(kind, _per_feature(kind, values) * share)
             sums.count += 1 if by_sequence else len(values)
