@@ -107,6 +107,11 @@ def causality(recipe: Recipe, facts: Facts) -> str | None:
 def selection_fits_tuner(recipe: Recipe, facts: Facts) -> str | None:
     if recipe.select is None:
         return None
+    if "tuner" in recipe.select.produces and "tuner" not in recipe.tuner.takes:
+        return (
+            f"select '{recipe.select.kind}' gives some matrices a tuner of their own, and tuner '{recipe.tuner.kind}' "
+            "holds trained weights or one adapter for all. Use tuner: sparse."
+        )
     common = recipe.select.produces & recipe.tuner.takes
     if not common:
         takes = ", ".join(sorted(recipe.tuner.takes)) or "no selection"
@@ -123,6 +128,11 @@ def selection_fits_storage(recipe: Recipe, facts: Facts) -> str | None:
         return None
     if recipe.select.produces <= {"whole"} and _quantized(recipe, facts):
         return f"select '{recipe.select.kind}' chooses whole tensors to train, and packed ones can't train themselves."
+    if recipe.select.needs_floating_base and _quantized(recipe, facts):
+        return (
+            f"select '{recipe.select.kind}' as configured reads gradients of the weights, and these are quantized. "
+            "Load the base in fp32 or bf16, or choose by something that a dequantized copy has (e.g. magnitude)."
+        )
     if recipe.select.picks_vectors and not recipe.tuner.holds_vectors:
         return (
             f"select '{recipe.select.kind}' picks norms and biases too, and tuner '{recipe.tuner.kind}' as configured "

@@ -56,6 +56,18 @@ class TestLowRankMagnitude(battery(SelectorBattery, {"kind": "low_rank_magnitude
     pass
 
 
+class TestPerNeuron(battery(SelectorBattery, {"kind": "per_neuron", "k": 3})):
+    pass
+
+
+class TestPerNeuronShared(battery(SelectorBattery, {"kind": "per_neuron", "k": 3, "shared_columns": True})):
+    pass
+
+
+class TestPerNeuronAnywhere(battery(SelectorBattery, {"kind": "per_neuron", "criterion": "random_block"})):
+    pass
+
+
 class TestHalf(battery(SelectorBattery, {"kind": "half"})):
     pass
 
@@ -90,6 +102,10 @@ class TestSparseScatter(battery(TunerBattery, {"kind": "sparse", "execution": "s
 
 
 class TestSparseBypass(battery(TunerBattery, {"kind": "sparse", "execution": "bypass"}, allocation=entries())):
+    pass
+
+
+class TestSparseLean(battery(TunerBattery, {"kind": "sparse", "execution": "lean"}, allocation=entries())):
     pass
 
 

@@ -28,6 +28,7 @@ AXES = {
         "sparse": {"kind": "sparse"},
         "scatter": {"kind": "sparse", "execution": "scatter"},
         "bypass": {"kind": "sparse", "execution": "bypass", "coordinates": "absolute"},
+        "lean": {"kind": "sparse", "execution": "lean"},
         "full": {"kind": "full"},
     },
     "select": {
@@ -40,6 +41,7 @@ AXES = {
             "schedule": {"every": 1},
         },
         "half": {"kind": "half"},
+        "neurons": {"kind": "per_neuron", "k": 2},
     },
     "objective": {
         "sft": {"token": {"kind": "sft"}},
@@ -61,6 +63,8 @@ REFUSED = {
     ("tuner=lora", "select=random"): "takes no selection",
     ("tuner=lora", "select=principal"): "takes no selection",
     ("tuner=lora", "select=half"): "takes no selection",
+    ("tuner=lora", "select=neurons"): "takes no selection",
+    ("tuner=ia3", "select=neurons"): "takes no selection",
     ("tuner=ia3", "select=random"): "takes no selection",
     ("tuner=ia3", "select=principal"): "takes no selection",
     ("tuner=ia3", "select=half"): "takes no selection",
@@ -75,10 +79,12 @@ REFUSED = {
     ("tuner=sparse", "prepare=corda"): "takes none up",
     ("tuner=scatter", "prepare=corda"): "takes none up",
     ("tuner=bypass", "prepare=corda"): "takes none up",
+    ("tuner=lean", "prepare=corda"): "takes none up",
     ("tuner=full", "prepare=corda"): "takes none up",
     ("prepare=corda", "select=random"): "take",  # only lora takes factors, and it takes no selection
     ("prepare=corda", "select=principal"): "take",
     ("prepare=corda", "select=half"): "take",
+    ("prepare=corda", "select=neurons"): "take",
 }
 
 

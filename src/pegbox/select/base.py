@@ -50,6 +50,7 @@ class Selector(Component):
     produces: ClassVar[frozenset[str]] = frozenset({"entries"})  # of: entries, whole, units, tuner, codec
     moves: ClassVar[Literal["never", "slots", "set"]] = "never"  # slots inside a fixed-size set, or the set of tensors
     picks_vectors: ClassVar[bool] = False  # norms and biases too, not just matrices
+    needs_floating_base: ClassVar[bool] = False  # reads gradients of the weights, which packed ones don't have
     needs_weights: ClassVar[bool] = True  # False: the count and choice follow from shapes and the seed alone
 
     @property

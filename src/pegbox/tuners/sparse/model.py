@@ -117,6 +117,9 @@ class SparseModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # a sparse layer is made on the right device and keeps its dtype
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Values are held in what their config says, whatever PEFT would prefer."""
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
