@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pegbox.errors import BadInput
 from pegbox.parts.generation import Messages, Sampling, generate, stream
+from pegbox.recipe import Recipe, Role
+from pegbox.spec import RunSpec
+from pegbox.workspace import read_spec
 
 __all__ = ["Chat", "answers", "open_any", "read_prompts"]
 
 
-def open_any(ref: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A run's or an artefact's tuned model, or a bare model: (model, tokenizer)."""
+def open_any(
+    ref: str,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    decode: Any = None,
+    roles: Mapping[str, Role] | None = None,
+) -> tuple[Any, Any]:
+    """A run's or an artefact's tuned model, or a bare model: (model, tokenizer).
+
+    A run whose recipe decodes answers by its decoder. `decode` (what `runner.decoding.read_decoder` takes) and `roles`
+    put another, or one on any model.
+    """
     from pegbox.artefact import artefact_folder, load_artefact
     from pegbox.models import load
 
     folder = Path(ref)
+    spec = _decoded_spec(folder, ref, decode, roles, device, trust_remote_code)
+    if spec is not None:
+        return _open_decoded(spec, folder)
     try:
         place = artefact_folder(folder) if folder.is_dir() else None
     except BadInput:
@@ -33,13 +50,56 @@ def open_any(ref: str, *, device: str = "auto", trust_remote_code: bool = False)
     return model, tokenizer
 
 
+def _decoded_spec(
+    folder: Path, ref: str, decode: Any, roles: Mapping[str, Role] | None, device: str, trust_remote_code: bool
+) -> RunSpec | None:
+    """The settings to decode under: the run's own with the given ones laid over; None where nothing decodes."""
+    from pegbox.runner.decoding import read_decoder
+
+    own = read_spec(folder) if (folder / "run.yaml").is_file() else None
+    if decode is None and (own is None or own.recipe.decode is None):
+        if roles:
+            raise BadInput(f"Roles ({', '.join(roles)}) are for a decoder; give one with --decode.")
+        return None
+    decoder, named = read_decoder(decode) if decode is not None else (None, {})
+    update: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    if own is None:
+        return RunSpec(recipe=Recipe(decode=decoder, models={**named, **(roles or {})}), model=ref, **update)
+    models = {**own.recipe.models, **named, **(roles or {})}
+    recipe = own.recipe.model_copy(update={"decode": decoder or own.recipe.decode, "models": models})
+    return own.model_copy(update={"recipe": recipe, **update})
+
+
+def _open_decoded(spec: RunSpec, folder: Path) -> tuple[Any, Any]:
+    from pegbox.artefact import artefact_folder
+    from pegbox.models import resolve
+    from pegbox.runner.decoding import bound
+    from pegbox.runner.opening import open_artefact, open_base
+
+    try:
+        place = artefact_folder(folder) if folder.is_dir() else None
+    except BadInput:  # a run that made no weights of its own, or a model's folder
+        place = None
+    if place is not None:
+        opened = open_artefact(spec, place)
+    else:
+        opened = open_base(spec, spec.recipe, resolve(spec.model), prepared=False)
+    decoding = bound(spec, opened)
+    return decoding, decoding.tokenizer
+
+
 def beside_of(run: str, beside: str | None) -> str | None:
     """What `--side-by-side` names: "base" is the run's own base."""
     if beside != "base":
         return beside
     from pegbox.artefact import artefact_folder, read
 
-    return read(artefact_folder(run), verify=False).root.ref
+    try:
+        return read(artefact_folder(run), verify=False).root.ref
+    except BadInput:
+        if (Path(run) / "run.yaml").is_file():  # a run that decodes and made no weights
+            return read_spec(Path(run)).model
+        raise
 
 
 def read_prompts(given: Sequence[str], file: Path | None, system: str | None) -> list[Messages]:
@@ -95,12 +155,18 @@ def answers(
     seed: int = 0,
     device: str = "auto",
     batch_size: int = 8,
+    decode: Any = None,
+    roles: Mapping[str, Role] | None = None,
 ) -> list[dict[str, str]]:
-    """{"prompt", "<run>", "<beside>"} per message list. One model is in memory at a time."""
+    """{"prompt", "<run>", "<beside>"} per message list. One side is in memory at a time.
+
+    `decode` and `roles` say how the run's answers are drawn (see `open_any`); what is beside it answers as it is.
+    """
     sampling = Sampling(temperature=temperature, seed=seed)
     shown: list[dict[str, str]] = [{"prompt": str(m[-1]["content"])} for m in messages]
-    for name, ref in _speakers(run, beside):
-        model, tokenizer = open_any(ref, device=device)
+    for i, (name, ref) in enumerate(_speakers(run, beside)):
+        how: dict[str, Any] = {} if i else {"decode": decode, "roles": roles}
+        model, tokenizer = open_any(ref, device=device, **how)
         texts = generate(
             model, tokenizer, messages, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size
         )
@@ -122,10 +188,20 @@ class Chat:
     """A conversation; with `beside`, each side keeps its own history."""
 
     def __init__(
-        self, run: str, *, beside: str | None = None, device: str = "auto", system: str | None = None, seed: int = 0
+        self,
+        run: str,
+        *,
+        beside: str | None = None,
+        device: str = "auto",
+        system: str | None = None,
+        seed: int = 0,
+        decode: Any = None,
+        roles: Mapping[str, Role] | None = None,
     ):
         self.system, self.seed = system, seed
-        self.sides = [(name, *open_any(ref, device=device)) for name, ref in _speakers(run, beside)]
+        (first, ref), *others = _speakers(run, beside)
+        self.sides = [(first, *open_any(ref, device=device, decode=decode, roles=roles))]
+        self.sides += [(name, *open_any(other, device=device)) for name, other in others]
         self.start_over()
 
     def start_over(self) -> None:

@@ -243,3 +243,23 @@ def analyses_are_run(recipe: Recipe, facts: Facts) -> str | None:
     if causal and not recipe.task.causal:
         return f"analyze '{causal[0]}' works on causal language models; task '{recipe.task.kind}' has none."
     return None
+
+
+@rule
+def answers_are_decoded(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.decode is None:
+        return None
+    kind = recipe.decode.kind
+    if not type(recipe.protocol).decodes:
+        return (
+            f"protocol '{recipe.protocol.kind}' measures models as they are; leave `decode:` out, and use it on the "
+            f"finished run (pegbox generate, pegbox evaluate --decode {kind})."
+        )
+    if not recipe.task.causal:
+        return f"decode '{kind}' draws text; task '{recipe.task.kind}' gives none."
+    if type(recipe.decode).needs_tuned and not recipe.protocol.trains and not recipe.weights and not recipe.models:
+        return f"decode '{kind}' works on a tuned model; name one by role (models: {{tuned: runs/a}})."
+    missing = [role for role in recipe.decode.roles() if role not in recipe.models]
+    if missing:
+        return f"decode '{kind}' uses the model '{missing[0]}'; name it (models: {{{missing[0]}: ...}})."
+    return None

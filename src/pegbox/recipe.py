@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -21,6 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from pegbox.analyze.base import ANALYZE, Analysis
 from pegbox.data.base import DATA, DataPolicy
+from pegbox.decode.base import DECODE, Decoder
 from pegbox.errors import BadInput, did_you_mean
 from pegbox.objectives.base import OBJECTIVE, Objective
 from pegbox.optim.base import OPTIM, Step
@@ -40,11 +41,15 @@ UNSAFE = "\x85\u2028\u2029"  # line breaks to some YAML readers: then everything
 
 
 class Role(BaseModel):
-    """A further model by role: a hub id, folder, alias or run (`of`), with its adapter on or off."""
+    """A further model by role: a hub id, folder, alias or run (`of`), with its adapter on or off.
+
+    `task` is the class a plain model is loaded as (a run knows its own): a reward model is a sequence classifier.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     of: str
     adapter: bool = True
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
 
 
 class Knobs(BaseModel):
@@ -73,6 +78,7 @@ class Recipe(BaseModel):
     data: list[Annotated[DataPolicy, DATA]] = Field(default_factory=list)
     protocol: Annotated[Protocol, PROTOCOL] = Field(default_factory=lambda: PROTOCOL.validate({}))
     weights: list[Annotated[WeightOp, WEIGHTS]] = Field(default_factory=list)
+    decode: Annotated[Decoder, DECODE] | None = None
     analyze: list[Annotated[Analysis, ANALYZE]] = Field(default_factory=list)
     models: dict[str, Role] = Field(default_factory=dict)
     knobs: Knobs = Knobs()
@@ -93,8 +99,9 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """12 hex digits over everything that changes what is trained (not title, paper, summary, analyses)."""
-        body = {k: v for k, v in self.plain().items() if k not in {"title", "paper", "summary", "knobs", "analyze"}}
+        """12 hex digits over everything that changes what is trained (not title, summary, decoding, analyses)."""
+        others = {"title", "paper", "summary", "knobs", "decode", "analyze"}
+        body = {k: v for k, v in self.plain().items() if k not in others}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
 
     def get(self, dotted: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from pegbox.errors import BadInput
 from pegbox.evaluate.run import difference
 from pegbox.parts.results import Measurement
-from pegbox.recipe import Recipe
+from pegbox.recipe import Recipe, Role
 from pegbox.runner.data import RunData
 from pegbox.runner.suites import Suites
 from pegbox.spec import DataSettings, EvalSettings, RunSpec
@@ -82,21 +82,31 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    decode: Any = None,
+    roles: Mapping[str, Role] | None = None,
 ) -> Scored:
     """Score `target` (a run's folder or a model) and, with `vs`, another model on the same rows.
 
-    Without `data`, a run is scored on its own target rows. Raises `BadInput` where "target" has no rows.
+    Without `data`, a run is scored on its own target rows. Raises `BadInput` where "target" has no rows. `decode` and
+    `roles` say how the target's answers are drawn (see `pegbox.ask.open_any`); the other is scored as it is.
     """
     from pegbox.ask import beside_of, open_any
 
     spec = _spec_of(str(target), data, map, metric, suites, max_new_tokens, limit)
+    if decode is not None:
+        from pegbox.runner.decoding import read_decoder
+
+        decode = read_decoder(decode)
+        spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"decode": decode[0]})})
+        roles, decode = {**decode[1], **(roles or {})}, decode[0]
     measuring = Suites(spec, RunData(spec.rows))
     if not measuring.names:
         raise BadInput("Nothing to score: no rows for 'target'. Give --data, or --suite retention.")
     measured: dict[str, dict[str, Measurement]] = {}
     other = beside_of(str(target), vs)
     for name, ref in {"target": str(target), **({"vs": other} if other else {})}.items():
-        model, tokenizer = open_any(ref, device=device, trust_remote_code=trust_remote_code)
+        how: dict[str, Any] = {"decode": decode, "roles": roles} if name == "target" else {}
+        model, tokenizer = open_any(ref, device=device, trust_remote_code=trust_remote_code, **how)
         measured[name] = {s: measuring.measure(model, tokenizer, spec.recipe, s) for s in measuring.names}
         del model
     return Scored(str(target), measured["target"], vs, measured.get("vs", {}))

@@ -16,6 +16,7 @@ class ScriptedRunner:
 
     suites = ("target", "retention")
     has_operations = False
+    has_decoder = has_analyses = False
 
     def __init__(self):
         self.calls = []

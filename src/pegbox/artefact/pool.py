@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from pegbox.parts.adapters import adapter_off, adapter_on
 from pegbox.recipe import Role
 
 __all__ = ["Pool", "RoleModel"]
+
+BEFORE = ".base"  # "<role>.base" is what a role's model was tuned from
 
 Scope = Callable[[], AbstractContextManager[Any]]
 
@@ -101,18 +104,29 @@ class Pool(Mapping[str, RoleModel]):
         return len(self._roles)
 
     def __getitem__(self, role: str) -> RoleModel:
+        if role not in self._roles and role.endswith(BEFORE):
+            return self._before(role)
         if role not in self._roles:
             raise BadInput(f"No model has the role '{role}'.{did_you_mean(role, self._roles)}")
         if role not in self._ready:
             self._ready[role] = self._make(role, self._roles[role])
         return self._ready[role]
 
+    def _before(self, name: str) -> RoleModel:
+        """What a run's model was tuned from. Raises `KeyError` for a plain model, which doesn't know it."""
+        role = self._roles.get(name.removesuffix(BEFORE))
+        if role is None or not (role.of == "base" or _is_run(role.of)):
+            raise KeyError(name)
+        if name not in self._ready:
+            self._ready[name] = self._make(name, role.model_copy(update={"adapter": False}))
+        return self._ready[name]
+
     def _make(self, name: str, role: Role) -> RoleModel:
         if role.of == "base":
             return self._own_base(role.adapter)
         if _is_run(role.of):
             return self._run(name, role)
-        return self._bare(resolve(role.of))
+        return self._bare(resolve(role.of), role.task)
 
     def _own_base(self, adapter: bool) -> RoleModel:
         if not adapter:
@@ -123,7 +137,8 @@ class Pool(Mapping[str, RoleModel]):
 
     def _bare(self, source: Source, task: str = "causal-lm", precision: str | None = None) -> RoleModel:
         """A bare base: the policy's reference view, the bare view of one that is loaded already, or a fresh copy."""
-        if source.fingerprint == self._base.fingerprint and self._policy is not None and self._reference is not None:
+        own = source.fingerprint == self._base.fingerprint and task == "causal-lm"
+        if own and self._policy is not None and self._reference is not None:
             return RoleModel(self._policy, self._tokenizer, self._reference)
         precision = precision or self._options["precision"]
         key = f"{source.fingerprint} {task} {precision}"
@@ -176,9 +191,28 @@ def _adapter_folder(place: Path, manifest: Manifest) -> Path | None:
 
 def _bare_view(model: Any) -> Scope:
     """A scope in which no adapter of a shared model acts; what trains and what is frozen stays so."""
-    return lambda: adapter_off(model)
+    return _Off(model)
 
 
 def _switch(model: Any, name: str) -> Scope:
     """A scope in which one adapter of a shared model is active; the one before comes back on leaving."""
-    return lambda: adapter_on(model, name)
+    return _On(model, name)
+
+
+@dataclass(frozen=True)
+class _Off:
+    """With equality by value, so that two views of one model can be told to be the same."""
+
+    model: nn.Module
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return adapter_off(self.model)
+
+
+@dataclass(frozen=True)
+class _On:
+    model: nn.Module
+    name: str
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return adapter_on(self.model, self.name)

@@ -34,10 +34,13 @@ def generate(
     system: Annotated[str | None, typer.Option("--system")] = None,
     seed: o.SeedOption = 0,
     device: o.DeviceOption = "auto",
+    decode: o.DecodeOption = None,
+    role: o.RoleOption = None,
     json: o.JsonOption = False,
 ) -> None:
     """Answer prompts, one after another."""
     from pegbox.ask import answers, read_prompts
+    from pegbox.runner.decoding import roles_from
 
     messages = read_prompts(prompt or [], input, system)
     for item in answers(
@@ -48,6 +51,8 @@ def generate(
         temperature=temperature,
         seed=seed,
         device=device,
+        decode=decode,
+        roles=roles_from(role),
     ):
         if json:
             import json as json_
@@ -65,11 +70,15 @@ def chat(
     system: Annotated[str | None, typer.Option("--system")] = None,
     seed: o.SeedOption = 0,
     device: o.DeviceOption = "auto",
+    decode: o.DecodeOption = None,
+    role: o.RoleOption = None,
 ) -> None:
     """Talk to a tuned model; answers stream. An empty line or Ctrl-D ends, /new starts over."""
     from pegbox.ask import Chat
+    from pegbox.runner.decoding import roles_from
 
-    session = Chat(run, beside=side_by_side, device=device, system=system, seed=seed)
+    roles = roles_from(role)
+    session = Chat(run, beside=side_by_side, device=device, system=system, seed=seed, decode=decode, roles=roles)
     typer.echo("An empty line ends; /new starts over.")
     while True:
         try:

@@ -27,10 +27,13 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 128,
     limit: Annotated[int | None, typer.Option("--limit", help="At most so many rows.")] = None,
     device: o.DeviceOption = "auto",
+    decode: o.DecodeOption = None,
+    role: o.RoleOption = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     json: o.JsonOption = False,
 ) -> None:
     """Score a run or model; with --vs, the paired difference to another with its interval."""
+    from pegbox.runner.decoding import roles_from
     from pegbox.scoring import evaluate as score
 
     found = score(
@@ -44,6 +47,8 @@ def evaluate(
         limit=limit,
         device=device,
         trust_remote_code=trust_remote_code,
+        decode=decode,
+        roles=roles_from(role),
     )
     if json:
         o.emit(found.plain())

@@ -12,6 +12,7 @@ import typer
 __all__ = [
     "BatchOption",
     "DataOption",
+    "DecodeOption",
     "DeviceOption",
     "EvalDataOption",
     "JsonOption",
@@ -21,6 +22,7 @@ __all__ = [
     "ModelOption",
     "OutOption",
     "PluginOption",
+    "RoleOption",
     "SeedOption",
     "TestDataOption",
     "emit",
@@ -30,6 +32,17 @@ __all__ = [
 DataOption = Annotated[
     list[str] | None,
     typer.Option("--data", help="Rows: a file, a folder, a hub id, or the built-in 'network'. Repeat to mix."),
+]
+DecodeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decode",
+        help="How answers are drawn: a recipe with a decode block, a block in YAML ({kind: emulated}), or a kind.",
+    ),
+]
+RoleOption = Annotated[
+    list[str] | None,
+    typer.Option("--role", help="A model that the decoder joins: tuned=runs/a, reward=classifier:REF. Repeatable."),
 ]
 EvalDataOption = Annotated[list[str] | None, typer.Option("--eval-data", help="Validation rows.")]
 TestDataOption = Annotated[list[str] | None, typer.Option("--test-data", help="Test rows, read once at the end.")]

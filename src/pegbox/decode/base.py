@@ -38,7 +38,7 @@ class DecodeContext:
         tokenizer: its tokenizer.
         models: further models by role, loaded on first use: a module, or an object with `active()` (a context in which
             the role's view of a shared model holds) and `tokenizer`.
-        base: the run's model as it was before tuning, in the same form; None where it is that already.
+        base: the run's model as it was before tuning, in the same form, for decoders that `needs_tuned`; else None.
         options: Python objects that a configuration can't hold (a reward callable), by the field they stand for.
     """
 
@@ -233,7 +233,7 @@ class Decoder(Component):
     """How an answer is drawn. Options are its fields; it holds no model."""
 
     scores: ClassVar[bool] = False  # whether `Decoding.logits` exists, so that likelihoods can be measured under it
-    hosts_role: ClassVar[bool] = False  # whether the model that hosts is a role's rather than the run's own
+    needs_tuned: ClassVar[bool] = False  # works on a tuned model and its base; on the first role where none is made
 
     def roles(self) -> tuple[str, ...]:
         """The roles it needs in the recipe's `models:`."""

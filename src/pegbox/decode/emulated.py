@@ -113,8 +113,8 @@ class EmulatedDecoding(Decoding):
         cast, forms = Cast(), decoder.prompts
         own = ctx.role(decoder.anchor) if decoder.anchor is not None else ctx.model
         self._tokenizers = {ANCHOR: ctx.tokenizer}
-        self._anchor = cast.add(own, ANCHOR, forms.get(ANCHOR, forms.get(decoder.anchor or "")))
-        self._pairs: list[tuple[int, int]] = []  # positions of (tuned, reference), for the deltas with a weight
+        self.anchor = cast.add(own, ANCHOR, forms.get(ANCHOR, forms.get(decoder.anchor or "")))
+        self.pairs: list[tuple[int, int]] = []  # positions of (tuned, reference), for the deltas with a weight
         self._weights = [w for w in decoder.weights if w]
         for delta in decoder.deltas:
             tuned, name = self._role(ctx, delta.tuned), delta.reference or f"{delta.tuned}.base"
@@ -123,13 +123,13 @@ class EmulatedDecoding(Decoding):
                 # a reference reads what its tuned model reads, unless it has a form of its own
                 form = forms.get(delta.tuned)
                 first = cast.add(tuned, delta.tuned, form)
-                self._pairs.append((first, cast.add(reference, name, forms.get(name, form))))
-        self._draft = self._pairs[0][0] if self._pairs else self._anchor
+                self.pairs.append((first, cast.add(reference, name, forms.get(name, form))))
+        self.drafting = self.pairs[0][0] if self.pairs else self.anchor
         if decoder.draft is not None:
-            self._draft = cast.add(self._role(ctx, decoder.draft), decoder.draft, forms.get(decoder.draft))
-        self.members, self._forms = cast.members, cast.forms
+            self.drafting = cast.add(self._role(ctx, decoder.draft), decoder.draft, forms.get(decoder.draft))
+        self.members, self.forms = cast.members, cast.forms
         self.counts = {"rounds": 0, "drafted": 0, "tested": 0, "accepted": 0}
-        super().__init__(decoder, self.members[self._anchor].module, ctx.tokenizer, [m.module for m in self.members])
+        super().__init__(decoder, self.members[self.anchor].module, ctx.tokenizer, [m.module for m in self.members])
         self.vocabulary = shared_width(self.members, ctx.tokenizer)
 
     def _role(self, ctx: DecodeContext, name: str, model: Any = None) -> Any:
@@ -151,7 +151,7 @@ class EmulatedDecoding(Decoding):
         sides: Sequence[dict[str, list[int]]] | None = None,
     ) -> EmulatedSession:
         tracks = []
-        for member, form in zip(self.members, self._forms):
+        for member, form in zip(self.members, self.forms):
             ids, own = (prompt, mask) if form is None else self._own_prompts(member.name, sides, len(prompt), prompt)
             tracks.append(member.begin(ids, own, repeats=repeats, cached=cached))
         return EmulatedSession(self, tracks)
@@ -205,25 +205,25 @@ class EmulatedDecoding(Decoding):
         self.counts["tested"] += int((accepted + 1).clamp(max=block).sum())
 
     def plain(self) -> bool:
-        return not self._weights and self._forms[self._anchor] is None
+        return not self._weights and self.forms[self.anchor] is None
 
     def host_view(self) -> AbstractContextManager[Any]:
-        return self.members[self._anchor].active()
+        return self.members[self.anchor].active()
 
     # ---- scoring
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        if any(form is not None for form in self._forms):
+        if any(form is not None for form in self.forms):
             raise BadInput("Members with prompts of their own have no common text to score; leave decode.prompts out.")
         return self.combined([m.forward(input_ids, attention_mask)[0] for m in self.members])
 
     def combined(self, logits: Sequence[Tensor]) -> Tensor:
         """The members' logits, in their order, as (..., V) log-probabilities."""
-        tuned, references = ([logits[pair[i]] for pair in self._pairs] for i in (0, 1))
-        return combine(logits[self._anchor], tuned, references, self._weights, self.decoder.top_p)
+        tuned, references = ([logits[pair[i]] for pair in self.pairs] for i in (0, 1))
+        return combine(logits[self.anchor], tuned, references, self._weights, self.decoder.top_p)
 
     def member_prompts(self, messages: Messages) -> dict[str, list[int]]:
-        forms = {m.name: form for m, form in zip(self.members, self._forms) if form is not None}
+        forms = {m.name: form for m, form in zip(self.members, self.forms) if form is not None}
         return {name: frame(self._tokenizers[name], messages, form) for name, form in forms.items()}
 
     def summary(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class EmulatedSession(Session):
         self._rows: list[Tensor] = []  # the drafting member's logits, one (B, V) per drafted position
         tokens, q = call.answer[:, :0], []
         for _ in range(block):
-            logits = self.tracks[self.decoding._draft].logits(torch.cat([call.answer, tokens], -1))[:, -1]
+            logits = self.tracks[self.decoding.drafting].logits(torch.cat([call.answer, tokens], -1))[:, -1]
             self._rows.append(logits)
             q.append(_warped(call, tokens, logits.log_softmax(-1), sample))
             tokens = torch.cat([tokens, _pick(q[-1], sample)[:, None]], -1)
@@ -261,7 +261,7 @@ class EmulatedSession(Session):
 
     def check(self, answer: Tensor, block: int) -> Tensor:
         """(B, k, V) log-probabilities of the combination at the drafted positions: one call of each other member."""
-        drafting = self.decoding._draft
+        drafting = self.decoding.drafting
         self._block = {i: t.logits(answer, block + 1) for i, t in enumerate(self.tracks) if i != drafting}
         if not block:
             return answer.new_zeros(len(answer), 0, self.decoding.vocabulary, dtype=torch.float32)
@@ -272,8 +272,8 @@ class EmulatedSession(Session):
 
     def last(self, answer: Tensor) -> Tensor:
         """(B, V) the combination after a whole accepted block; the drafting member takes one more step."""
-        drafting = self.decoding._draft
-        used = {self.decoding._anchor, *(i for pair in self.decoding._pairs for i in pair)}
+        drafting = self.decoding.drafting
+        used = {self.decoding.anchor, *(i for pair in self.decoding.pairs for i in pair)}
         own = self.tracks[drafting].logits(answer)[:, -1] if drafting in used else answer  # else it is not looked at
         return self.decoding.combined(
             [own if i == drafting else self._block[i][:, -1] for i in range(len(self.tracks))]

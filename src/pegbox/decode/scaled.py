@@ -40,6 +40,7 @@ class Scaled(Decoder):
     allow_negative: bool = False
 
     scores: ClassVar[bool] = True
+    needs_tuned: ClassVar[bool] = True
     reproduces: ClassVar[str] = "arXiv:2506.23423, section 5"
 
     def bind(self, ctx: DecodeContext) -> Decoding:

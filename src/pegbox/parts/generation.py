@@ -179,6 +179,7 @@ def generate(
     limit = _prompt_limit(inner, max_new_tokens) if max_prompt is None else max_prompt
     given = tools if tools is not None else [None] * len(messages)
     prompts = [encode_prompt(tokenizer, m, t)[-limit:] for m, t in zip(messages, given, strict=True)]
+    sides = [_sides(inner, m, limit) for m in messages]
     ends = list(stop) if stop is not None else stop_ids(tokenizer, inner)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out early or never
     answers = [""] * len(prompts)
@@ -188,6 +189,8 @@ def generate(
             chosen = order[start : start + batch_size]
             batch = [prompts[i] for i in chosen]
             extra: dict[str, Any] = {name: _repeated(cache, len(batch))} if shared else {}
+            if any(sides):
+                extra["sides"] = [sides[i] for i in chosen]
             ids = _decode_batch(
                 inner, tokenizer, batch, max_new_tokens, sampling, ends, offset=start, shared=shared, **extra
             )
@@ -218,7 +221,8 @@ def stream(
             return torch.full((len(input_ids),), self.flag.is_set(), device=input_ids.device)
 
     inner = _unwrapped(model)
-    prompt = encode_prompt(tokenizer, messages, tools)[-_prompt_limit(inner, max_new_tokens) :]
+    limit = _prompt_limit(inner, max_new_tokens)
+    prompt, side = encode_prompt(tokenizer, messages, tools)[-limit:], _sides(inner, messages, limit)
     ends = list(stop) if stop is not None else stop_ids(tokenizer, inner)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed, errors = Closed(), []
@@ -228,6 +232,8 @@ def stream(
         try:
             with as_evaluated(model), torch.no_grad():
                 extra: dict[str, Any] = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([closed])}
+                if side:
+                    extra["sides"] = [side]
                 _decode_batch(inner, tokenizer, [prompt], max_new_tokens, sampling, ends, **extra)
         except Exception as error:
             errors.append(error)
@@ -297,6 +303,8 @@ def _shared_prefix(model: Any, prompts: list[list[int]]) -> tuple[int, str, Any]
     """
     if len(prompts) < 2 or getattr(model.config, "is_encoder_decoder", False):
         return _NOTHING_SHARED
+    if not getattr(model, "shares_prefix", True):  # a decoder over several models fills several caches
+        return _NOTHING_SHARED
     if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
         return _NOTHING_SHARED
     first, last = min(prompts), max(prompts)  # what these two share, all share
@@ -319,6 +327,12 @@ def _repeated(cache: Any, rows: int) -> Any:
     fresh = copy.deepcopy(cache)
     fresh.batch_repeat_interleave(rows)
     return fresh
+
+
+def _sides(model: Any, messages: Messages, limit: int) -> dict[str, list[int]]:
+    """Prompts of the models beside the one that generates, where these read another form of it."""
+    make = getattr(model, "member_prompts", None)
+    return {name: ids[-limit:] for name, ids in make(messages).items()} if make is not None else {}
 
 
 def _unwrapped(model: Any) -> Any:

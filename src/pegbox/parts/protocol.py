@@ -53,6 +53,7 @@ class Runner(TypingProtocol):
     suites: tuple[str, ...]  # what this run evaluates, "target" first where there are target rows
     has_operations: bool  # whether the recipe has weight operations
     has_analyses: bool  # whether the recipe has analyses
+    has_decoder: bool  # whether the recipe says how answers are drawn
 
     def stage(self, patch: Mapping[str, Any], *, start: ModelRef = BASE, name: str) -> StageResult:
         """Run one stage: the recipe with `patch` laid over it, from `start`.
@@ -65,8 +66,11 @@ class Runner(TypingProtocol):
     def define(self, suite: str, rows: Any) -> None:
         """Make a suite of other rows known to `evaluate`: their test rows by the metrics that suit them."""
 
-    def evaluate(self, ref: ModelRef, suite: str) -> Measurement:
-        """Score a model on a suite ("target", "retention", or a task's name)."""
+    def evaluate(self, ref: ModelRef, suite: str, *, decoded: bool = False) -> Measurement:
+        """Score a model on a suite ("target", "retention", or a task's name); `decoded`: by the recipe's decoder."""
+
+    def decoding(self) -> dict[str, Any]:
+        """What the recipe's decoder counted while it was measured; {} where nothing was decoded."""
 
     def analyze(self, ref: ModelRef | None = None) -> list[Finding]:
         """Run the recipe's analyses on the base and `ref`; None: on the base and each model that the recipe names."""
@@ -80,6 +84,7 @@ class Protocol(Component):
 
     trains: ClassVar[bool] = True
     analyzes: ClassVar[bool] = False  # runs the recipe's analyses at its end
+    decodes: ClassVar[bool] = False  # measures what it made through the recipe's decoder
 
     def run(self, runner: Runner) -> Report:
         """Tell the story; raise `PegboxError`s of the runner unchanged."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pegbox.parts.protocol import BASE, PROTOCOL, ModelRef, Protocol, Report, Runner
 from pegbox.parts.results import Cost, Measurement, Metrics
 
-__all__ = ["Single", "findings", "measure", "total_cost"]
+__all__ = ["Single", "findings", "measure", "measure_decoded", "total_cost"]
 
 
 @PROTOCOL.register
@@ -20,6 +20,7 @@ class Single(Protocol):
     kind: Literal["single"] = "single"
 
     analyzes: ClassVar[bool] = True
+    decodes: ClassVar[bool] = True
 
     def run(self, runner: Runner) -> Report:
         before = measure(runner, BASE)
@@ -28,13 +29,22 @@ class Single(Protocol):
             stages.append(runner.stage({"do": "apply"}, start=stages[0].end, name="apply"))
         end, cost = stages[-1].end, stages[0].cost
         cost = cost.model_copy(update={"seconds": sum(stage.cost.seconds for stage in stages)})
-        after = measure(runner, end)
-        return Report(Metrics(before=before, after=after, cost=cost, extra=findings(runner, end)), final=end)
+        after, decoding = measure_decoded(runner, end)
+        extra = {**decoding, **findings(runner, end)}
+        return Report(Metrics(before=before, after=after, cost=cost, extra=extra), final=end)
 
 
 def measure(runner: Runner, ref: ModelRef) -> dict[str, Measurement]:
     """Every suite of the run on one model."""
     return {suite: runner.evaluate(ref, suite) for suite in runner.suites}
+
+
+def measure_decoded(runner: Runner, ref: ModelRef) -> tuple[dict[str, Measurement], dict[str, Any]]:
+    """Every suite on one model, by the recipe's decoder if it has one, and what that counted (key "decoding")."""
+    if not runner.has_decoder:
+        return measure(runner, ref), {}
+    found = {suite: runner.evaluate(ref, suite, decoded=True) for suite in runner.suites}
+    return found, {"decoding": runner.decoding()}
 
 
 def findings(runner: Runner, ref: ModelRef | None = None) -> dict[str, Any]:

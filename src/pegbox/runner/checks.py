@@ -27,9 +27,11 @@ def check_spec(spec: RunSpec) -> None:
     check(spec.recipe, facts_of(spec))
     if spec.recipe.protocol.trains and not spec.rows.train:
         raise BadInput("No training rows. Give --data: a file, a folder, a hub id, or the built-in 'network'.")
-    if not spec.recipe.protocol.trains and not spec.recipe.weights and not spec.recipe.analyze:
+    recipe = spec.recipe
+    if not (recipe.protocol.trains or recipe.weights or recipe.analyze or recipe.decode):
         raise BadInput(
-            "This recipe neither trains nor has weight operations or analyses; add `weights:` or `analyze:`."
+            "This recipe neither trains nor has weight operations, a decoder or analyses; add `weights:`, `decode:` or "
+            "`analyze:`."
         )
     for suite in spec.evaluation.suites:
         _check_suite(suite)

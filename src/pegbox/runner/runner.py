@@ -59,6 +59,8 @@ class RecipeRunner:
         self.suites = self.measuring.names
         self.has_operations = bool(spec.recipe.weights)
         self.has_analyses = bool(spec.recipe.analyze)
+        self.has_decoder = spec.recipe.decode is not None
+        self._decoded: tuple[ModelRef, Any] | None = None
         self._opened: tuple[ModelRef, Opened] | None = None
 
     def recheck_with_rows(self) -> None:
@@ -230,16 +232,37 @@ class RecipeRunner:
         """See `Runner.define`."""
         self.measuring.define(suite, RunData(_other_rows(self.spec, rows)))
 
-    def evaluate(self, ref: ModelRef, suite: str) -> Measurement:
+    def evaluate(self, ref: ModelRef, suite: str, *, decoded: bool = False) -> Measurement:
         """See `Runner.evaluate`."""
         kept = self._kept_evaluation(ref, suite)
+        if kept is not None and decoded:
+            kept = self.workspace.folder / "evaluations" / f"decoded-{self._decoder_key()}-{kept.name}"
         if kept is not None and kept.is_file():
             return self.measuring.read(kept)
         opened = self.open(ref)
-        found = self.measuring.measure(opened.model, opened.tokenizer, self.spec.recipe, suite)
+        model = self._decoding(ref) if decoded else opened.model
+        found = self.measuring.measure(model, opened.tokenizer, self.spec.recipe, suite)
         if kept is not None and _main():
             self.measuring.write(kept, found)
         return found
+
+    def _decoder_key(self) -> str:
+        recipe = self.spec.recipe.plain()
+        content = json.dumps([recipe["decode"], recipe["models"]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def _decoding(self, ref: ModelRef) -> Any:
+        """The recipe's decoder on the model at `ref` and the models of its roles, kept until another is asked for."""
+        from pegbox.runner.decoding import bound
+
+        if self._decoded is None or self._decoded[0] != ref:
+            artefact = None if ref == BASE else self._artefact_of(ref)
+            self._decoded = (ref, bound(self.spec, self.open(ref), artefact))
+        return self._decoded[1]
+
+    def decoding(self) -> dict[str, Any]:
+        """See `Runner.decoding`."""
+        return self._decoded[1].summary() if self._decoded is not None else {}
 
     def analyze(self, ref: ModelRef | None = None) -> list[Finding]:
         """See `Runner.analyze`."""
@@ -290,6 +313,10 @@ class RecipeRunner:
         for when, measured in (("before", metrics.before), ("after", metrics.after)):
             for suite, measurement in measured.items():
                 self.measuring.write_examples(folder / "examples", suite, when, measurement)
+        if self.has_decoder:
+            from pegbox.runner.decoding import record
+
+            write_json(folder / "decoding.json", record(self.spec, self.source))
         write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
         self._join_logs()
 

@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 
 from pegbox.data.rows import Row
+from pegbox.decode.base import Decoding
+from pegbox.decode.view import DecodedView
 from pegbox.errors import BadInput, Unsupported
 from pegbox.evaluate.base import METRIC, Metric
 from pegbox.evaluate.encoding import encoder_from
@@ -25,6 +27,7 @@ from pegbox.evaluate.suites import Suite, suite_named, target
 from pegbox.parts.files import read_json, write_json
 from pegbox.parts.results import Measurement
 from pegbox.parts.task import Task
+from pegbox.parts.view import ModelView
 from pegbox.recipe import Recipe
 from pegbox.runner.data import RunData
 from pegbox.spec import RunSpec
@@ -43,11 +46,20 @@ class Suites:
         self.spec, self.data, self.shots = spec, data, shots
         self._defined: dict[str, RunData] = {}
         self._made: dict[str, Suite] = {}
-        self.names = tuple(s for s in spec.evaluation.suites if s != "target" or data.target)
+        decoder = spec.recipe.decode
+        self.answers_only = decoder is not None and not type(decoder).scores  # no likelihoods exist under the decoder
+        asked = [s for s in spec.evaluation.suites if s != "target" or data.target]
+        self.names = tuple(s for s in asked if not self.answers_only or self._by_answers(s))
 
     def define(self, name: str, data: RunData) -> None:
         """A further suite over other rows."""
         self._defined[name] = data
+
+    def _by_answers(self, name: str) -> bool:
+        """Whether answers alone decide a suite: rows of the user's own do (by the metrics that read answers)."""
+        if name.startswith("lm-eval:") or name in ("target", "validation"):
+            return not name.startswith("lm-eval:")
+        return all(type(p.metric).needs_generation for p in suite_named(name).parts)
 
     # ---- what is measured
 
@@ -73,6 +85,14 @@ class Suites:
         """The user's metric first, if one was given, then what suits the rows."""
         wanted = self.spec.evaluation.metric
         suited = [self._metric({"kind": kind}) for kind in self.spec.recipe.task.metrics(rows)]
+        if self.answers_only:
+            suited = [m for m in suited if m.needs_generation]
+        if wanted is None and not suited:
+            assert self.spec.recipe.decode is not None
+            raise BadInput(
+                f"decode '{self.spec.recipe.decode.kind}' gives answers and no likelihoods, and no metric on answers "
+                "suits these rows. Give one: --metric exact_match, f1, contains, or file.py:function."
+            )
         if wanted is None:
             return suited
         first = self._metric(dict(wanted)) if isinstance(wanted, Mapping) else metric_from(wanted)
@@ -111,8 +131,9 @@ class Suites:
                 f"suite '{name}' asks for text; task '{task.kind}' gives none. Leave it out of the suites."
             )
         data = self._defined.get(name, self.data)
+        view: ModelView = DecodedView(model) if isinstance(model, Decoding) else task.view(model)
         return measure(
-            task.view(model),
+            view,
             tokenizer,
             suite,
             encode=self._encode(task, tokenizer, data, model),
