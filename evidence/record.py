@@ -10,13 +10,13 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["arguments", "verdict", "write"]
+__all__ = ["arguments", "verdict", "write", "write_all"]
 
 BEGAN = time.perf_counter()
 
@@ -42,12 +42,23 @@ def verdict(checks: Mapping[str, Mapping[str, Any]]) -> str:
 
 def write(out: Path, slug: str, record: Mapping[str, Any]) -> None:
     """Write the record of `slug`, with the machine and the seconds since the script began, and show its checks."""
-    whole = {
-        "slug": slug,
-        **record,
-        "seconds": round(time.perf_counter() - BEGAN, 1),
-        "machine": {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()},
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    whole = {"slug": slug, **record, **_circumstances()}
+    _save(out, whole)
     print(json.dumps(record.get("checks", {}), indent=1), record["verdict"], whole["seconds"], "s")
+
+
+def write_all(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the records of several systems that one measurement gave (each with its `slug`), and show what they say."""
+    _save(out, [{**record, **_circumstances()} for record in records])
+    for record in records:
+        print(record["slug"], record["verdict"], record.get("summary", ""))
+
+
+def _circumstances() -> dict[str, Any]:
+    machine = {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"seconds": round(time.perf_counter() - BEGAN, 1), "machine": machine}
+
+
+def _save(out: Path, content: Any) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

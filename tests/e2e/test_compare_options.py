@@ -43,7 +43,7 @@ def test_several_cells_at_once_give_what_one_after_another_gives(compared, base,
     words += ["--data", rows / "chat.jsonl", "--eval-split", 0.2, "--test-split", 0.25]
     alone = call(*words, "--trials", 0, "--seeds", 2, "--select", "last")
     row = next(e for e in alone["entries"] if e["name"] == "lora")
-    assert row["suites"] == together["suites"]
+    assert row["scores"] == together["scores"]
 
 
 @pytest.mark.slow
