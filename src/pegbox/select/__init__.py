@@ -1,6 +1,6 @@
 """Selectors: which weights may move. Importing the package registers the built-in kinds."""
 
-from pegbox.select import change, half, low_rank_magnitude, magnitude, per_neuron, random, whole
+from pegbox.select import change, half, low_rank_magnitude, magnitude, per_neuron, random, regrow, units, whole
 from pegbox.select.base import SELECT, Schedule, Selector
 
 __all__ = [
@@ -13,5 +13,7 @@ __all__ = [
     "magnitude",
     "per_neuron",
     "random",
+    "regrow",
+    "units",
     "whole",
 ]
