@@ -5,12 +5,12 @@ same rows, steps and choice of rates on validation. The task: MAWPS word problem
 value is (`solved`). Retention beside it: knowledge, arithmetic, English text.
 
 Claims, one per system, as its paper makes them against LoRA or full tuning, told by the comparison's own statistics
-(two-level bootstrap, Holm): "target": not worse than LoRA at equal count; "retention": forgets no more than full tuning.
+(two-level bootstrap, Holm): better than LoRA at equal count, or equal within the margin. Retention stands beside it.
 
     python evidence/which_weights.py --data arithmetic/mawps [--model smollm2-135m-q4] [--steps 48] [--trials 3]
         [--seeds 3] [--work which-weights] [--recipes lora full lift ...]
 
-About 5 seconds per step of SmolLM2-135M on two cores. The folder `--work` holds the comparison and its page; broken off,
+About 5 seconds per step of SmolLM2-135M on two cores. `--work` holds the comparison and its page; broken off,
 the same command goes on.
 """
 
