@@ -44,7 +44,7 @@ def build(config, arrays, dtype):
     model = LlamaForCausalLM(LlamaConfig(**settings))
     state = {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
     missing = set(model.state_dict()) - set(state)
-    assert missing <= {"lm_head.weight"} and (not missing or config.get("tie_word_embeddings"))
+    assert missing <= ({"lm_head.weight"} if config.get("tie_word_embeddings") else set())
     model.load_state_dict(state, strict=not missing)
     return model.to(dtype).eval()
 

@@ -104,6 +104,7 @@ def _walked(
         norms.append(torch.stack([_size(base_part, norm), _size(tuned_part, norm)], -1))
         if everywhere is not None:
             everywhere.add(x, below, above)
+        del x, below, above  # before the next block makes its own
     end = at_last(walk.hidden)
     tuco = curve[-1]
     return Contribution(
