@@ -72,6 +72,10 @@ class TestHalf(battery(SelectorBattery, {"kind": "half"})):
     pass
 
 
+class TestRegrow(battery(SelectorBattery, {"kind": "regrow", **DENSITY})):
+    pass
+
+
 class TestWhole(battery(SelectorBattery, {"kind": "whole"})):
     pass
 
@@ -154,6 +158,14 @@ class TestSgd(battery(StepBattery, {"kind": "sgd", "lr": 0.05})):
 
 
 class TestAdafactor(battery(StepBattery, {"kind": "adafactor", "lr": 0.05})):
+    pass
+
+
+class TestAgedAdamW(battery(StepBattery, {"kind": "aged_adamw", "lr": 0.05})):
+    pass
+
+
+class TestSm3(battery(StepBattery, {"kind": "sm3", "lr": 0.05})):
     pass
 
 

@@ -38,19 +38,22 @@ def update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step in place on values of any one shape; `age` (float32) has the same and advances by one."""
+    """One step in place on values of any one shape; `age` (float32) has the same and advances by one.
+
+    The arithmetic is done in the moments' dtype, whatever phi's.
+    """
+    grad = grad.to(m.dtype)
     m.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
     first, second = 1 - betas[0] ** age, 1 - betas[1] ** age
     root = v.sqrt().add_(eps).div_(second.sqrt_())
-    phi.sub_(lr * (m / first) / root)
+    moved = phi.to(m.dtype) - lr * (m / first) / root
     age.add_(1)
-    if weight_decay:
-        phi.mul_(1 - lr * weight_decay)
+    phi.copy_(moved.mul_(1 - lr * weight_decay) if weight_decay else moved)
 
 
 class AgedAdamW(EntryOptimizer):
-    """The rule of this file as a torch optimizer; state: `exp_avg`, `exp_avg_sq`, `age` (float32 for any dtype)."""
+    """The rule of this file as a torch optimizer; state: `exp_avg`, `exp_avg_sq` (float32 for 16-bit values), `age`."""
 
     entry_start: ClassVar[dict[str, float]] = {"age": 1.0}
 
@@ -77,9 +80,10 @@ class AgedAdamW(EntryOptimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                    wide = p.dtype if p.dtype == torch.float64 else torch.float32
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=wide) for _ in range(2))
                     state["age"] = torch.ones_like(p, dtype=torch.float32)
-                update(p, p.grad.to(p.dtype), state["exp_avg"], state["exp_avg_sq"], state["age"], **options)
+                update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["age"], **options)
         return loss
 
 

@@ -1,7 +1,8 @@
 """SM3 on the trained entries of a matrix: two accumulators, one per row and one per column, instead of one per entry.
 
     nu_ij = min(R_i, C_j) + g_ij^2;   R_i <- max(R_i, max_j nu_ij);   C_j <- max(C_j, max_i nu_ij)
-    u = g / sqrt(nu + eps);   with momentum b: u <- b buf + (1 - b) u, buf <- u;   phi <- phi - lr u - lr decay (phi - lr u)
+    u = g / sqrt(nu + eps);   with momentum b:  u <- b buf + (1 - b) u, buf <- u
+    phi <- phi - lr u;   phi <- phi - lr decay phi
 
 R and C bound every nu of their row and column from above. Anil et al., arXiv:1901.11150; on sparse differences, where
 R_i C_j also estimates the momentum of entries that don't train: Ansell et al., arXiv:2401.16405. For a dense parameter

@@ -2,9 +2,9 @@
 
     first gradient G:  C = the k positions of largest |G|          later:  sum g, sum g^2 at C over updates
 
-The micro-batches of one update are summed before they are squared. With several processes the first gradient is averaged
-before C is chosen, so that C is the same everywhere, and each update's sum is averaged. A pass that must leave no trace
-runs under `paused()`. What this does not know: layers, optimizers, why somebody watches.
+The micro-batches of one update are summed before they are squared. With several processes the first gradient is
+averaged before C is chosen, so that C is the same everywhere, and each update's sum is averaged. A pass that must leave
+no trace runs under `paused()`. What this does not know: layers, optimizers, why somebody watches.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class Watch:
             return
         a, b = a.detach().to(self.dtype), b.detach().to(self.dtype)
         if self.index is None:
-            return self.see(a @ b)
-        self._add(_sampled(self.index, a, b))
+            self.see(a @ b)
+        else:
+            self._add(_sampled(self.index, a, b))
 
     def close(self) -> None:
         """The update is complete: take its sum into the statistics. Does nothing if no gradient came."""

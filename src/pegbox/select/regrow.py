@@ -7,7 +7,8 @@
 
 "Scaling Sparse Fine-Tuning to Large Language Models" (arXiv:2401.16405): SpIEL-AG and SpIEL-MA. It starts from random
 entries, and needs linear layers and an optimizer that keeps what the growth rule reads. Where values are the weights
-themselves, |value| is the distance from the pretrained weight. What it does not do: hold values, moments or gradients; the tuner does.
+themselves, |value| is the distance from the pretrained weight. What it does not do: hold values, moments or gradients;
+the tuner does.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ class Regrow(Selector):
         shapes = {name: tuple(weights[name].shape) for name in covered(anatomy, list(weights), self.target_modules)}
         counts = self._shares(anatomy, shapes, whole_count(weights))
         seed = generator.initial_seed()
-        return Allocation({n: Entries(random_entries(numel(shapes[n]), k, _stream(seed, n))) for n, k in counts.items() if k})
+        return Allocation(
+            {n: Entries(random_entries(numel(shapes[n]), k, _stream(seed, n))) for n, k in counts.items() if k}
+        )
 
     def count(self, anatomy: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         inside = {name: tuple(shapes[name]) for name in covered(anatomy, list(shapes), self.target_modules)}
@@ -264,7 +267,10 @@ def by_gradient(index: Tensor, values: Tensor, n: int, candidates: Tensor, score
 
 
 def by_momentum(index: Tensor, values: Tensor, n: int, rows: Tensor, columns: Tensor) -> Exchange:
-    """Drop the n smallest |values|, grow the n untrained positions (i, j) of largest R_i C_j; rows (m,), columns (c,)."""
+    """Drop the n smallest |values|, grow the n untrained positions (i, j) of largest R_i C_j.
+
+    rows (m,) and columns (c,): SM3's accumulators.
+    """
     n = min(n, rows.numel() * columns.numel() - index.numel())
     score = torch.outer(rows, columns).view(-1)
     score[index.long()] = -1.0  # R and C are not negative, so these come last

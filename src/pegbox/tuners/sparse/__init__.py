@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pegbox.tuners.sparse.config import SparseConfig
     from pegbox.tuners.sparse.export import export_delta
     from pegbox.tuners.sparse.layer import SparseLayer
+    from pegbox.tuners.sparse.merge import merge_modules
     from pegbox.tuners.sparse.model import SparseModel, sparse_layers
     from pegbox.tuners.sparse.refresh import MaskRefresh, callbacks_for
 
@@ -24,6 +25,7 @@ __all__ = [
     "SparseTuner",
     "callbacks_for",
     "export_delta",
+    "merge_modules",
     "sparse_layers",
 ]
 
@@ -34,6 +36,7 @@ _LATE = {
     "SparseModel": "model",
     "callbacks_for": "refresh",
     "export_delta": "export",
+    "merge_modules": "merge",
     "sparse_layers": "model",
 }
 

@@ -58,6 +58,8 @@ class SparseLayer(HeldEntries):
     def __init__(self, base_layer: nn.Module, name: str, tied: bool = False):
         super().__init__(base_layer, name, tied)
         self._merged: list[tuple[str, list[Tensor], list[Tensor]]] = []  # (tensor, positions, entries before)
+        self._packed_before: list[nn.Parameter] = []  # packed weights from before each merge
+        self.requantize = False  # whether merging into a packed weight is meant
         self._start_anew()
         self.register_state_dict_pre_hook(_revert_before_state_dict)
         self.register_load_state_dict_pre_hook(_revert_before_load)
@@ -300,8 +302,9 @@ class SparseLayer(HeldEntries):
                 self.merged_adapters.append(adapter)
 
     def _merge_one(self, adapter: str, tensor: str, safe: bool) -> None:
-        if self._options[adapter]["execution"] == "bypass" and base_facts(self.base_layer).packed:
-            raise Unsupported(f"{self.module_name}: a sparse update can't be merged into a packed weight.")
+        if tensor == "weight" and base_facts(self.base_layer).packed:
+            self._merge_packed(adapter)
+            return
         if tensor == "weight" and self.tied:
             raise Unsupported(
                 f"{self.module_name}.weight is shared with another module, so that merging would change both."
@@ -321,6 +324,19 @@ class SparseLayer(HeldEntries):
             change = difference_of(original, values, slot.absolute)
             flat.scatter_(0, index.long(), (now.to(values.dtype) + change).to(flat.dtype))
 
+    def _merge_packed(self, adapter: str) -> None:
+        if not self.requantize:
+            raise Unsupported(
+                f"{self.module_name}: a sparse update can be merged into a packed weight only by quantizing the sum"
+                " anew. Use pegbox.tuners.sparse.merge_modules(model, requantize=True) if that is meant."
+            )
+        from pegbox.tuners.sparse.merge import repacked
+
+        before, slot = self.base.weight, self.slot(adapter, "weight")
+        tuned = add_entries(self.pretrained("weight"), [slot]).view(self.shape_of("weight"))
+        self.base.weight = repacked(before, tuned, self.module_name)
+        self._packed_before.append(before)
+
     def _pretrained_at(self, tensor: str, slot: Slot) -> list[Tensor]:
         """Entries from before the first merge."""
         flat = self.pretrained(tensor).clone()
@@ -337,6 +353,9 @@ class SparseLayer(HeldEntries):
             return
         for tensor, positions, before in reversed(self._merged):
             restore_entries(self.pretrained(tensor), positions, before)
+        if self._packed_before:
+            self.base.weight = self._packed_before[0]
+        self._packed_before.clear()
         self._merged.clear()
         self.merged_adapters.clear()
 

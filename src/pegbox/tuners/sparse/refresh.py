@@ -103,7 +103,9 @@ def _held(name: str, layer: SparseLayer, tensor: str, adapter: str, owner: torch
         shape=layer.shape_of(tensor),
         index=slot.index,
         values=values,
-        change=lambda: difference_of(layer.reference_values(adapter, tensor), values, True) if slot.absolute else values,
+        change=lambda: (
+            difference_of(layer.reference_values(adapter, tensor), values, True) if slot.absolute else values
+        ),
         tuned=partial(layer.tuned, tensor),
         state={} if owner is None else owner.state.get(slot.values, {}),
         watched=layer.watches.get((adapter, tensor)),
@@ -196,7 +198,8 @@ def start_watching(model: nn.Module, adapter: str = "default") -> None:
         if bypassed and not facts.packed and not getattr(operation_of(layer.base_layer), "sparse_product", False):
             raise Unsupported(f"'{name}': its gradient can't be watched beside the base. Use execution: scatter.")
         values = layer.sparse_values(tensor, adapter)
-        layer.watches[(adapter, tensor)] = Watch(values.numel(), values.dtype)
+        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+        layer.watches[(adapter, tensor)] = Watch(values.numel(), wide)
 
 
 def stop_watching(model: nn.Module) -> None:
