@@ -120,3 +120,7 @@ def enable_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
             **settings.train.get("gradient_checkpointing_kwargs", {}),
         }
     )
+    release = getattr(model, "disable_input_require_grads", None)
+    reentrant = settings.train.get("gradient_checkpointing_kwargs", {}).get("use_reentrant", False)
+    if release is not None and not reentrant:
+        release()  # only reentrant checkpoints need inputs with a gradient; it would run down through frozen blocks

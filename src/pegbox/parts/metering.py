@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FlopMeter",
     "SavedBytes",
+    "flop_formulas",
     "machine",
     "measuring_flops",
     "memory_now",
@@ -62,6 +63,11 @@ def _registry() -> dict[Any, Any]:
         if hasattr(aten, name):
             known[getattr(aten, name)] = shape_wrapper(formula)
     return known
+
+
+def flop_formulas() -> dict[Any, Any]:
+    """Operation (an overload packet) -> function of its arguments and `out_val` that gives its FLOPs."""
+    return _registry()
 
 
 class _Counter(TorchDispatchMode):
