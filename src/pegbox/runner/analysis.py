@@ -55,12 +55,17 @@ class LiveSubject:
         self.artefact, self.model = artefact, model
         self._tuned: Opened | None = None
         self._base: Opened | None = None
+        self._plain: Opened | None = None  # handed out by `weights`
 
     # ---- models
 
     @property
     def tokenizer(self) -> Any:
-        return self.tuned().tokenizer
+        return self._any().tokenizer
+
+    def _any(self) -> Opened:
+        """Whatever is open already: all of them speak the same tokens, on one device."""
+        return self._plain or self._tuned or self._base or self.tuned()
 
     def tuned(self) -> Opened:
         """The tuned model as it stands."""
@@ -101,9 +106,9 @@ class LiveSubject:
     def weights(self) -> tuple[nn.Module, Mapping[str, Tensor], Mapping[str, Tensor]]:
         tuned = _state(settle(self.tuned().model))
         self._tuned = None  # its adapter is gone; opened anew if it is asked for
-        base = self.base()
-        self._base = None
-        return base.model, {k: v.clone() for k, v in _state(base.model).items()}, tuned
+        self._plain, self._base = self.base(), None
+        model = self._plain.model
+        return model, {name: tensor.clone() for name, tensor in _state(model).items()}, tuned
 
     # ---- rows
 
@@ -114,7 +119,7 @@ class LiveSubject:
         return data.target[: self.spec.evaluation.limit]
 
     def batches(self, rows: Sequence[Any], size: int = 8) -> Iterator[Batch]:
-        opened = self._tuned or self._base or self.tuned()
+        opened = self._any()
         examples = list(self.data.encode(list(rows), self.task, opened.tokenizer))
         collate = self.task.collator(opened.tokenizer)
         device = next(opened.model.parameters()).device
@@ -126,8 +131,7 @@ class LiveSubject:
         self.measuring.define(suite, self._other(source))
 
     def measure(self, model: nn.Module, suite: str) -> Measurement:
-        opened = self._tuned or self._base or self.base()
-        return self.measuring.measure(model, opened.tokenizer, self.spec.recipe, suite)
+        return self.measuring.measure(model, self._any().tokenizer, self.spec.recipe, suite)
 
     def _other(self, source: Any) -> RunData:
         given = source if isinstance(source, list) else [source]
