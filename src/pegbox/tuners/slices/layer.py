@@ -37,7 +37,7 @@ Stamp = tuple[Any, ...]
 class Written:
     """What the base weight holds at the moment: whose block, where, and the pretrained one it covers."""
 
-    home: Tensor | None
+    home: Any  # the tensor that is written into
     stamp: Stamp | None = None
     block: Block | None = None
     original: Tensor | None = None

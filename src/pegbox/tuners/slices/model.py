@@ -125,7 +125,7 @@ class SlicesModel(BaseTuner):
         setattr(parent, child_name, new_module)  # a slice layer is made on the right device and keeps its dtype
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         restore(model)
         self.reordering = None
         return model
