@@ -76,9 +76,15 @@ class StatSpec:
 
 @dataclass(frozen=True)
 class StageWeights:
-    """Asks the protocol's runner for the weights of other stages: key -> (stage, "start" | "end")."""
+    """Asks the protocol's runner for what other stages left.
+
+    Args:
+        weights_of: key -> (stage, "start" | "end"): the model's weights there.
+        allocations_of: key -> stage: what that stage selected.
+    """
 
     weights_of: Mapping[str, tuple[str, str]]
+    allocations_of: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -36,14 +36,18 @@ class Change(Selector):
 
     Args:
         of: the name of the stage whose change counts.
+        since: the stage from whose start it is counted; default: `of`. A later round counts from the first one's start.
+        taken: the stage that made the selection which this one adds to.
         budget: K, over all maskable entries together.
-        iterations: K is given out in so many rounds of probing, K // iterations each (stats["taken"]: those before).
+        iterations: K is given out in so many rounds of probing, K // iterations each.
         maskable: words for the modules whose entries compete. Default: all but norms and head.
         dense: words for modules that train whole beside the mask, such as a new task head.
     """
 
     kind: Literal["change"] = "change"
     of: str = "probe"
+    since: str | None = None
+    taken: str | None = None
     budget: Budget = Budget(density=0.01)
     iterations: Annotated[int, Field(ge=1)] = 1
     maskable: tuple[str, ...] | None = None
@@ -53,8 +57,9 @@ class Change(Selector):
     produces: ClassVar[frozenset[str]] = frozenset({"entries", "whole"})
 
     def statistics(self) -> StageWeights:
-        """The weights where the probing stage began and where it ended."""
-        return StageWeights({"start": (self.of, "start"), "end": (self.of, "end")})
+        """The weights where probing began and where it ended, and what earlier rounds took."""
+        weights = {"start": (self.since or self.of, "start"), "end": (self.of, "end")}
+        return StageWeights(weights, {"taken": self.taken} if self.taken is not None else {})
 
     def select(
         self,
