@@ -170,6 +170,14 @@ def moving_selection(recipe: Recipe, facts: Facts) -> str | None:
             f"optim '{recipe.optim.kind}' stores its run as directions over fixed entries, so the selection can't "
             "move during it; leave out select.schedule."
         )
+    return None
+
+
+@rule
+def state_that_moves_go_by(recipe: Recipe, facts: Facts) -> str | None:
+    schedule = getattr(recipe.select, "schedule", None)
+    if recipe.select is None or schedule is None or not schedule.moves:
+        return None
     missing = recipe.select.needs_state - recipe.optim.keeps
     if missing:
         return (
@@ -182,6 +190,23 @@ def moving_selection(recipe: Recipe, facts: Facts) -> str | None:
 
 
 _KEEPERS = {"moments": "optim: {kind: aged_adamw} (or adamw)", "rows_columns": "optim: {kind: sm3}"}
+
+
+@rule
+def backward_is_there_to_save(recipe: Recipe, facts: Facts) -> str | None:
+    if recipe.select is None or not type(recipe.select).budgets_backward:
+        return None
+    if not recipe.optim.needs_backward:
+        return (
+            f"select '{recipe.select.kind}' spends a budget of back-propagation, and optim '{recipe.optim.kind}' has "
+            "none. Choose an optimizer with gradients, or another selection."
+        )
+    if not type(recipe.objective).has_value:
+        return (
+            f"select '{recipe.select.kind}' weighs tensors by the loss on calibration batches, and the loss of objective "
+            f"'{recipe.objective.kind}' exists inside its trainer only."
+        )
+    return None
 
 
 @rule
