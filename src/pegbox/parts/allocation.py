@@ -70,7 +70,15 @@ Choice = Frozen | Whole | Entries | Units | PerTensor
 
 
 class Allocation(dict[str, Choice]):
-    """Parameter name -> choice; a name that is absent is frozen."""
+    """Parameter name -> choice; a name that is absent is frozen.
+
+    `facts` is what a selector has to tell of its choice (JSON; e.g. where a budget of FLOPs went). It is saved with the
+    choice and is no part of it: the digest leaves it out.
+    """
+
+    def __init__(self, *args: Any, facts: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.facts: dict[str, Any] = dict(facts or {})
 
     def digest(self) -> str:
         """sha256 over names, kinds and index bytes: equal on every rank if the selections are equal."""
@@ -89,7 +97,7 @@ class Allocation(dict[str, Choice]):
     def save(self, path: Path) -> None:
         """Write one safetensors file: index tensors by name, everything else in its JSON metadata."""
         tensors = {n: c.index.cpu().contiguous() for n, c in self.items() if isinstance(c, Entries | Units)}
-        meta = {"allocation": json.dumps({n: _describe(c) for n, c in self.items()})}
+        meta = {"allocation": json.dumps({n: _describe(c) for n, c in self.items()}), "facts": json.dumps(self.facts)}
         save_file(tensors, str(path), metadata=meta)
 
     @classmethod
@@ -97,9 +105,10 @@ class Allocation(dict[str, Choice]):
         """Read what `save` wrote. Raises `Corrupt`."""
         try:
             with safe_open(str(path), framework="pt") as file:
-                described = json.loads((file.metadata() or {})["allocation"])
+                meta = file.metadata() or {}
+                described, facts = json.loads(meta["allocation"]), json.loads(meta.get("facts", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return cls({name: _rebuild(d, tensors.get(name)) for name, d in described.items()})
+            return cls({name: _rebuild(d, tensors.get(name)) for name, d in described.items()}, facts=facts)
         except Exception as error:
             raise Corrupt(f"{path} is not a readable allocation file ({error}).") from error
 

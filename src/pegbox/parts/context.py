@@ -33,6 +33,8 @@ class Context:
         reference: a context manager under which `model` answers as it did before tuning (adapter off), or None when
             no such view exists and a frozen copy has to be loaded.
         roles: other models of the run by role ("teacher", "reward"), loaded on first use.
+        gather: (a selector's request, the running optimizer) -> its statistics on the model as it is now; None where
+            nothing can be gathered while training.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Context:
     tokenizer: Any = None
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     roles: Mapping[str, nn.Module] = field(default_factory=dict)
+    gather: Callable[[Any, Any], Mapping[str, Any] | None] | None = None
 
     @property
     def device(self) -> torch.device:

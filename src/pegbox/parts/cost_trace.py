@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pegbox.errors import BadInput
 from pegbox.parts.cost import TensorFlops, _fused_attention
@@ -232,7 +232,6 @@ class _Tracer(TorchDispatchMode):
         place = {bit: 1 << i for i, bit in enumerate(order)}
         names = {bit: self.names[bit.bit_length() - 1] for bit in order}
 
-
         def moved(mask: int) -> int:
             return sum(place[bit] for bit in _bits(mask))
 
@@ -261,7 +260,13 @@ def trace(model: nn.Module, run: Callable[[], Any], *, checkpointing: bool = Fal
     tracer = _Tracer(dict(model.named_parameters()))
     anatomy = Anatomy.of(model) if checkpointing else None
     blocks = [model.get_submodule(anatomy.actual(block.name)) for block in anatomy.blocks] if anatomy else []
-    with _as_in_training(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _recomputed(tracer, blocks), tracer:
+    with (
+        _as_in_training(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        _recomputed(tracer, blocks),
+        tracer,
+    ):
         run()
     return tracer.result()
 

@@ -100,4 +100,3 @@ def _shape(batch: Mapping[str, Any]) -> tuple[int, ...]:
         raise BadInput("cost: official counts token sequences; this batch has no input_ids. Use cost: measured.")
     decoder = batch.get("decoder_input_ids", batch.get("labels") if "decoder_attention_mask" in batch else None)
     return (*main.shape[:2], decoder.shape[1]) if isinstance(decoder, Tensor) else tuple(main.shape[:2])
-

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.allocation import Allocation
@@ -91,6 +92,7 @@ class StageJob:
         task, host = self.recipe.task, self.recipe.objective.host
         ctx.roles = self._roles(model, tokenizer, ctx)
         self._check_packing(model)
+        schedules = self._schedules(ctx)
         before = time.perf_counter() - began
         outcome = train_stage(
             model,
@@ -104,7 +106,7 @@ class StageJob:
             self.settings(),
             self.folder,
             ctx,
-            callbacks=[*self._schedules(ctx), *self._listeners(), *self.callbacks],
+            callbacks=[*schedules, *self._listeners(), *self.callbacks],
             evaluator=self._evaluator(tokenizer),
             resume=self.resume,
             rewards=self._rewards() if host == "policy" else (),
@@ -116,7 +118,7 @@ class StageJob:
                 preparation.finish(model, record)
         self._write_artefact(model, tokenizer, records, outcome, continued)
         cost = outcome.cost.model_copy(update={"seconds": outcome.cost.seconds + before})
-        readings = {"status": outcome.status, "best": outcome.best}
+        readings = {"status": outcome.status, "best": outcome.best, "selections": _told(allocation, schedules)}
         return TrainedStage(cost, outcome.log, {k: v for k, v in readings.items() if v is not None})
 
     def select(self) -> TrainedStage:
@@ -203,16 +205,20 @@ class StageJob:
                 "gradients). Use rows.packing=false."
             )
 
-    def batches(self, tokenizer: Any, count: int | None = None, size: int = 8) -> Callable[[], Iterable[Any]]:
-        """Calibration batches: the first training rows, in the data's own order, `size` at a time."""
+    def batches(
+        self, tokenizer: Any, count: int | None = None, size: int = 8, order: torch.Generator | None = None
+    ) -> Callable[[], Iterable[Any]]:
+        """Calibration batches: the first training rows, in the data's own order, `size` at a time; by `order` rows are
+        drawn instead."""
         examples = self.data.encoded("train", self.recipe.task, tokenizer)
         collate = self.recipe.task.collator(tokenizer)
         size = min(size, len(examples))
+        rows = range(len(examples)) if order is None else torch.randperm(len(examples), generator=order).tolist()
 
         def run() -> Iterable[Any]:
             limit = len(examples) if count is None else min(len(examples), count * size)
             for first in range(0, limit, size):
-                yield collate([examples[i] for i in range(first, min(first + size, limit))])
+                yield collate([examples[rows[i]] for i in range(first, min(first + size, limit))])
 
         return run
 
@@ -274,17 +280,45 @@ class StageJob:
             return None
         stages = getattr(wanted, "weights_of", None)
         if stages is not None:
-            return {key: self.weights_of(stage, point) for key, (stage, point) in stages.items()}
+            found: dict[str, Any] = {key: self.weights_of(stage, point) for key, (stage, point) in stages.items()}
+            return {**found, **{key: self.allocation_of(stage) for key, stage in wanted.allocations_of.items()}}
+        if hasattr(wanted, "gather"):
+            return self._gather(wanted, model, ctx)
         from pegbox.parts.statistics import collect
 
         view = self.recipe.task.view(model)
         batches = self.batches(ctx.tokenizer, wanted.batches, wanted.batch_size)
-        return collect(model, wanted, batches(), loss=self._loss_of(view))
+        return collect(model, wanted, batches(), loss=self._loss_of(view, ctx))
 
-    def _loss_of(self, view: Any) -> Callable[[nn.Module, Any], Any]:
+    def _gather(self, wanted: Any, model: nn.Module, ctx: Context, optimizer: Any = None) -> Mapping[str, Any]:
+        """A request that runs passes of its own, on the model as it is: before training, or at a step of it.
+
+        Before training the trial optimizer is a fresh one; later rows are drawn by the seed and the step.
+        """
+        settings, step = self.settings(), ctx.step()
+        micro = settings.micro_batch if isinstance(settings.micro_batch, int) else min(8, settings.batch)
+        order = ctx.generator("gather", step) if step else None
+        fresh = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
+        found: Mapping[str, Any] = wanted.gather(
+            model,
+            self.batches(ctx.tokenizer, wanted.batches, micro, order)(),
+            self._loss_of(self.recipe.task.view(model), ctx),
+            lambda: optimizer or self.recipe.optim.optimizer([{"params": fresh}]),
+            progress=step / ctx.total_steps if ctx.total_steps else 0.0,
+            checkpointing=settings.gradient_checkpointing,
+        )
+        return found
+
+    def _loss_of(self, view: Any, ctx: Context) -> Callable[[nn.Module, Any], Any]:
+        objective = self.recipe.objective
+        state = objective.setup(ctx)
+
         def loss(_: nn.Module, batch: Any) -> Any:
-            objective = self.recipe.objective
-            value = objective.value(None, view, batch, objective.count(batch))
+            ref = None
+            if objective.needs_reference:
+                with torch.no_grad(), _disable_current_modes():  # not part of what is traced
+                    ref = objective.reference(state, view, batch)
+            value = objective.value(state, view, batch, objective.count(batch), ref)
             if value is None:
                 raise Unsupported(f"objective '{objective.kind}' has no value to gather statistics with.")
             return value
@@ -302,6 +336,9 @@ class StageJob:
         schedule = getattr(selector, "schedule", None)
         if selector is None or schedule is None or not schedule.moves:
             return []
+        in_steps = schedule.in_steps(len(self.data.rows("train")) / self.settings().batch)
+        selector = selector.model_copy(update={"schedule": in_steps})
+        ctx.gather = lambda wanted, optimizer: self._gather(wanted, ctx.model, ctx, optimizer)
         found = self.recipe.tuner.schedules(selector, ctx)
         if not found:
             raise Unsupported(
@@ -327,7 +364,16 @@ class StageJob:
         applied = [part for part in manifest["parts"] if part["kind"] not in ("data", "json")]
         if not applied or applied[-1]["kind"] != "adapter" or type(self.recipe.tuner).part_kind != "adapter":
             return False
-        return bool(applied[-1]["component"] == self.recipe.tuner.model_dump(mode="json"))
+        if applied[-1]["component"] != self.recipe.tuner.model_dump(mode="json"):
+            return False
+        return self._same_selection(self.start.parent / ALLOCATION)
+
+    def _same_selection(self, before: Path) -> bool:
+        """Whether this stage trains what the start's stage trained; else its update is one of its own, on top."""
+        other = (self.patch.get("use") or {}).get("selection")
+        if other is None:
+            return "select" not in self.patch
+        return before.is_file() and Allocation.load(before).digest() == self.allocation_of(other).digest()
 
     def _write_artefact(
         self,
@@ -358,6 +404,13 @@ class StageJob:
 def save_stage(folder: Path, entry: Mapping[str, Any]) -> None:
     """Write stage.json: the mark of a finished stage."""
     write_json(folder / "stage.json", dict(entry))
+
+
+def _told(allocation: Allocation | None, schedules: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """What selections had to tell of themselves, in order; None where they had nothing."""
+    first = [{"step": 0, **allocation.facts}] if allocation is not None and allocation.facts else []
+    told = first + [facts for schedule in schedules for facts in getattr(schedule, "told", [])]
+    return told or None
 
 
 def _plain(model: nn.Module) -> nn.Module:

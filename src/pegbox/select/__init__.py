@@ -1,6 +1,17 @@
 """Selectors: which weights may move. Importing the package registers the built-in kinds."""
 
-from pegbox.select import change, half, low_rank_magnitude, magnitude, per_neuron, random, regrow, units, whole
+from pegbox.select import (
+    change,
+    half,
+    knapsack,
+    low_rank_magnitude,
+    magnitude,
+    per_neuron,
+    random,
+    regrow,
+    units,
+    whole,
+)
 from pegbox.select.base import SELECT, Schedule, Selector
 
 __all__ = [
@@ -9,6 +20,7 @@ __all__ = [
     "Selector",
     "change",
     "half",
+    "knapsack",
     "low_rank_magnitude",
     "magnitude",
     "per_neuron",

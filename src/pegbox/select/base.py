@@ -19,7 +19,8 @@ __all__ = ["SELECT", "Schedule", "Selector", "relocations"]
 
 
 class Schedule(BaseModel):
-    """When a selection is done again: before every `every`-th optimizer step (never, if None).
+    """When a selection is done again: before every `every`-th optimizer step, or every `epochs` passes over the rows
+    (never, if neither is given).
 
     mode: "dynamic" (chosen anew, the set keeps its size), "fixed" (never again), "accumulative" (as many again are
     added each time and none leaves, up to `limit`).
@@ -27,12 +28,15 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     every: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
     mode: Literal["dynamic", "fixed", "accumulative"] = "dynamic"
     limit: Budget | None = None  # how many entries an accumulative selection may reach
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
-        if self.mode == "accumulative" and (self.limit is None or self.every is None):
+        if self.every is not None and self.epochs is not None:
+            raise BadInput("select.schedule says when by 'every' (steps) or by 'epochs', not by both.")
+        if self.mode == "accumulative" and (self.limit is None or not self._repeats):
             raise BadInput("An accumulative schedule needs 'every' and a 'limit' (a budget that it grows to).")
         if self.mode != "accumulative" and self.limit is not None:
             raise BadInput(f"A '{self.mode}' schedule does not grow, so 'limit' has no meaning. Leave it out.")
@@ -41,7 +45,17 @@ class Schedule(BaseModel):
     @property
     def moves(self) -> bool:
         """Whether anything is chosen again."""
-        return self.every is not None and self.mode != "fixed"
+        return self._repeats and self.mode != "fixed"
+
+    @property
+    def _repeats(self) -> bool:
+        return self.every is not None or self.epochs is not None
+
+    def in_steps(self, steps_per_epoch: float) -> Schedule:
+        """The same, said in optimizer steps."""
+        if self.epochs is None:
+            return self
+        return self.model_copy(update={"every": max(1, round(self.epochs * steps_per_epoch)), "epochs": None})
 
 
 class Selector(Component):
@@ -51,6 +65,7 @@ class Selector(Component):
     moves: ClassVar[Literal["never", "slots", "set"]] = "never"  # slots inside a fixed-size set, or the set of tensors
     picks_vectors: ClassVar[bool] = False  # norms and biases too, not just matrices
     needs_floating_base: ClassVar[bool] = False  # reads gradients of the weights, which packed ones don't have
+    budgets_backward: ClassVar[bool] = False  # spends FLOPs of back-propagation, so there has to be one
     needs_weights: ClassVar[bool] = True  # False: the count and choice follow from shapes and the seed alone
 
     @property
@@ -59,7 +74,7 @@ class Selector(Component):
         return frozenset()
 
     def statistics(self) -> Any | None:
-        """A `parts.statistics.StatSpec` to gather beforehand, or None."""
+        """What to gather beforehand: a `parts.statistics.StatSpec`, a request with a `gather` of its own, or None."""
         return None
 
     def select(
