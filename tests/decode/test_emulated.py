@@ -1,5 +1,6 @@
 """Emulated fine-tuning over live models: caches, batches, blocks, members that share a base, and what is refused."""
 
+import copy
 import math
 
 import pytest
@@ -101,10 +102,8 @@ def test_whole_blocks_draw_from_the_same_distribution():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     found = cast(scale=0.05, vocabulary=8, **sizes, num_key_value_heads=1, **ends)
-    found["anchor"] = found["reference"].__class__(found["reference"].config).eval()
-    found["anchor"].load_state_dict(found["reference"].state_dict())
+    found["anchor"] = copy.deepcopy(found["reference"])
     sharpened(found["anchor"], by=1.1)
-    found["anchor"].generation_config.eos_token_id = None
     prompt = torch.tensor([[3, 1, 6]])
     exact = _pair_distribution(emulated(found), prompt, {})
     decoding, counts = emulated(found, block_size=1), torch.zeros(64)
@@ -132,7 +131,7 @@ def _pair_distribution(decoding, prompt, processors):
 @pytest.mark.parametrize("count", [10, 11, 3])
 def test_a_draft_that_is_the_target_is_always_accepted(models, count):
     """The anchor is called once per block and its extra token."""
-    twins = {"anchor": models["reference"], "reference": _twin(models["reference"]), "tuned": models["tuned"]}
+    twins = {"anchor": models["reference"], "reference": copy.deepcopy(models["reference"]), "tuned": models["tuned"]}
     ids, mask, _ = prompts()
     decoding = emulated(twins, block_size=4)
     answers(decoding, ids, mask, count=count)
@@ -141,15 +140,9 @@ def test_a_draft_that_is_the_target_is_always_accepted(models, count):
     assert found["calls"]["anchor"] == math.ceil(count / 5)
 
 
-def _twin(model):
-    other = quiet(tiny_llama())
-    other.load_state_dict(model.state_dict())
-    return other
-
-
 def test_blocks_call_the_anchor_less(models):
     ids, _, _ = prompts((6,))
-    twins = {"anchor": models["reference"], "reference": _twin(models["reference"]), "tuned": models["tuned"]}
+    twins = {"anchor": models["reference"], "reference": copy.deepcopy(models["reference"]), "tuned": models["tuned"]}
     sharpened(twins["anchor"], by=1.05)
     decoding = emulated(twins, block_size=4)
     answers(decoding, ids, count=40)

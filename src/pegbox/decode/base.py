@@ -149,6 +149,11 @@ class Decoding(nn.Module):
         return getattr(self.host, "generation_config", None)
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens that every model can read, prompt and answer together; None: the host's own."""
+        return None
+
+    @property
     def device(self) -> torch.device:
         return next(self.host.parameters()).device
 

@@ -139,6 +139,10 @@ class EmulatedDecoding(Decoding):
         check_tokenizers(ctx.tokenizer, self._tokenizers[name], (ANCHOR, name))
         return model
 
+    @property
+    def context_length(self) -> int | None:
+        return min((m.context for m in self.members if m.context is not None), default=None)
+
     # ---- answering
 
     def begin(

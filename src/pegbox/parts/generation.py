@@ -346,7 +346,8 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _prompt_limit(model: Any, max_new_tokens: int) -> int:
-    context = getattr(model.config, "max_position_embeddings", None) or 1_000_000
+    own = getattr(model, "context_length", None)  # a decoder over several models knows the shortest
+    context = own or getattr(model.config, "max_position_embeddings", None) or 1_000_000
     if max_new_tokens >= context:
         raise BadInput(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in a context of {context} tokens.")
     return context - max_new_tokens
