@@ -2,13 +2,17 @@
 
 import torch
 
+from pegbox.analyze.base import ANALYZE
 from pegbox.data.base import DATA
+from pegbox.decode.base import DECODE
 from pegbox.objectives.base import OBJECTIVE
 from pegbox.optim.base import OPTIM
-from pegbox.parts.allocation import Allocation, Entries, Whole
+from pegbox.parts.allocation import Allocation, Entries, Units, Whole
 from pegbox.prepare.base import PREPARE
 from pegbox.select.base import SELECT
 from pegbox.testing import (
+    AnalysisBattery,
+    DecoderBattery,
     ObjectiveBattery,
     PolicyBattery,
     PreparationBattery,
@@ -27,6 +31,12 @@ DENSITY = {"budget": {"density": 0.1}}
 def entries():
     names = [n for n, p in tiny_llama().named_parameters() if "proj" in n]
     return Allocation({n: Entries(torch.arange(0, 60, 3, dtype=torch.int32)) for n in names})
+
+
+def units():
+    names = {"mlp.up_proj": 0, "mlp.down_proj": 1, "self_attn.v_proj": 0, "self_attn.o_proj": 1}
+    index = torch.arange(8, 16, dtype=torch.int32)  # a head, or eight channels
+    return Allocation({f"model.layers.{b}.{n}.weight": Units(a, index) for b in range(2) for n, a in names.items()})
 
 
 class LateComponent:
@@ -76,6 +86,14 @@ class TestRegrow(battery(SelectorBattery, {"kind": "regrow", **DENSITY})):
     pass
 
 
+class TestUnits(battery(SelectorBattery, {"kind": "units", "ratios": {"v": 0.5, "o": 0.5, "u": 0.1, "d": 0.2}})):
+    pass
+
+
+class TestUnitsByWeight(battery(SelectorBattery, {"kind": "units", "ratios": {"d": 0.2}, "strategy": "weight"})):
+    pass
+
+
 class TestWhole(battery(SelectorBattery, {"kind": "whole"})):
     pass
 
@@ -114,6 +132,22 @@ class TestSparseLean(battery(TunerBattery, {"kind": "sparse", "execution": "lean
 
 
 class TestSparseAbsolute(battery(TunerBattery, {"kind": "sparse", "coordinates": "absolute"}, allocation=entries())):
+    pass
+
+
+class TestSlices(battery(TunerBattery, {"kind": "slices"}, allocation=units())):
+    pass
+
+
+class TestSlicesContiguous(battery(TunerBattery, {"kind": "slices", "layout": "contiguous"}, allocation=units())):
+    tolerance = 1e-5
+
+
+class TestSlicesBypass(battery(TunerBattery, {"kind": "slices", "execution": "bypass"}, allocation=units())):
+    pass
+
+
+class TestSlicesAbsolute(battery(TunerBattery, {"kind": "slices", "coordinates": "absolute"}, allocation=units())):
     pass
 
 
@@ -177,6 +211,36 @@ class TestCorruption(battery(PolicyBattery, {"kind": "corruption", "rate": 0.5, 
     pass
 
 
+class TestInterpolateByBlock(
+    battery(WeightOpBattery, {"kind": "interpolate", "blocks": [0.2, 0.8], "groups": {"head": 1.0}})
+):
+    pass
+
+
+class TestSparsify(battery(WeightOpBattery, {"kind": "sparsify", "layers": ["block 0", "lm_head"]})):
+    pass
+
+
+class TestSparsifyRank(battery(WeightOpBattery, {"kind": "sparsify", "layers": ["mlp"], "rank": 2})):
+    pass
+
+
+class TestTuco(battery(AnalysisBattery, {"kind": "tuco", "tokens": True, "output": True})):
+    pass
+
+
+class TestTuningScale(battery(AnalysisBattery, {"kind": "tuning_scale", "grid": [0.5, 1.0], "folds": 2})):
+    pass
+
+
+class TestPath(battery(AnalysisBattery, {"kind": "path", "grid": [0, 0.5, 1], "shifted": {"other": "any"}})):
+    pass
+
+
+class TestStragglers(battery(AnalysisBattery, {"kind": "sharpness", "steps": 2, "profile": [0, 0.5, 1]})):
+    pass
+
+
 class TestInterpolate(battery(WeightOpBattery, {"kind": "interpolate", "amount": 0.5})):
     pass
 
@@ -197,10 +261,45 @@ class TestCorda(battery(PreparationBattery, {"kind": "corda", "mode": "ipm", "ra
     pass
 
 
+class TestPermute(battery(PreparationBattery, {"kind": "permute"})):
+    pass
+
+
 class TestAddToken(battery(PreparationBattery, {"kind": "add_token", "token": "<mask>"})):
     pass
 
 
+PAIR = {"deltas": [{"tuned": "tuned", "reference": "reference", "weight": 0.7}]}
+
+
+class TestEmulated(battery(DecoderBattery, {"kind": "emulated", **PAIR})):
+    pass
+
+
+class TestEmulatedFiltered(battery(DecoderBattery, {"kind": "emulated", **PAIR, "top_p": 0.8})):
+    pass
+
+
+class TestEmulatedInBlocks(battery(DecoderBattery, {"kind": "emulated", **PAIR, "block_size": 3})):
+    pass
+
+
+class TestTransferQ(battery(DecoderBattery, {"kind": "transfer_q", "k": 3, "horizon": 2, "alpha": 0.2})):
+    pass
+
+
+class TestPartialReward(battery(DecoderBattery, {"kind": "transfer_q", "value": "partial", "k": 3})):
+    pass
+
+
+class TestBestOf(battery(DecoderBattery, {"kind": "best_of", "n": 3}, greedy=False)):
+    pass
+
+
+class TestScaled(battery(DecoderBattery, {"kind": "scaled", "alpha": 0.5})):
+    pass
+
+
 def test_the_tables_are_open():
-    for axis in (DATA, OBJECTIVE, OPTIM, PREPARE, SELECT, TUNER, WEIGHTS):
+    for axis in (ANALYZE, DATA, OBJECTIVE, OPTIM, PREPARE, SELECT, TUNER, WEIGHTS):
         assert axis.kinds(), axis.name

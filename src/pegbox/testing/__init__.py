@@ -14,6 +14,8 @@ from pegbox.testing.fakes import tiny_batch, tiny_llama, tiny_tokenizer
 
 if TYPE_CHECKING:
     from pegbox.testing.batteries import (
+        AnalysisBattery,
+        DecoderBattery,
         ObjectiveBattery,
         PolicyBattery,
         PreparationBattery,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AnalysisBattery",
+    "DecoderBattery",
     "ObjectiveBattery",
     "PolicyBattery",
     "PreparationBattery",

@@ -8,6 +8,7 @@ Only contracts are tested here; what a method itself promises is tested beside i
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,8 @@ from pegbox.parts.context import Context
 from pegbox.testing.fakes import tiny_batch, tiny_llama, tiny_tokenizer
 
 __all__ = [
+    "AnalysisBattery",
+    "DecoderBattery",
     "ObjectiveBattery",
     "PolicyBattery",
     "PreparationBattery",
@@ -437,6 +440,160 @@ class WeightOpBattery(Battery):
         del tuned[0][name]
         with pytest.raises(BadInput, match=name):
             list(self.make().apply(base, tuned, Anatomy.of(model)))
+
+
+class DecoderBattery(Battery):
+    """Decoders: caches, padding and streaming change nothing; a seed decides; the models are as before.
+
+    Every role is a tiny model near the base (`reward`: a classifier with one output); override `options` for what a
+    configuration can't hold. `greedy`: whether a greedy call gives the same answer each time.
+    """
+
+    axis = "decode"
+    greedy: ClassVar[bool] = True
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def near(self, seed: int) -> Any:
+        """The base moved a little, so that it answers otherwise."""
+        model = tiny_llama()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.3 * weight.std() * torch.randn(weight.shape, generator=generator))
+        model.generation_config.eos_token_id = None
+        return model.eval()
+
+    def role(self, name: str, seed: int) -> Any:
+        from types import SimpleNamespace
+
+        if name not in ("reward", "baseline_reward"):
+            return self.near(seed)
+        from transformers import LlamaForSequenceClassification
+
+        config = tiny_llama().config
+        config.num_labels = 1
+        scorer = LlamaForSequenceClassification(config).eval()
+        return SimpleNamespace(model=scorer, tokenizer=tiny_tokenizer(), active=lambda: nullcontext(scorer))
+
+    def bound(self) -> Any:
+        from pegbox.decode.base import DecodeContext
+
+        component = self.make()
+        models = {name: self.role(name, seed) for seed, name in enumerate(component.roles(), 2)}
+        base = self.near(0) if type(component).needs_tuned else None
+        return component.bind(DecodeContext(self.near(1), tiny_tokenizer(), models, base, self.options()))
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Two prompts of different length, padded on the left."""
+        ids = torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        return ids, mask
+
+    def answers(self, decoding: Any, rows: slice = slice(0, 2), skip: int = 0, **options: Any) -> Tensor:
+        ids, mask = (t[rows, skip:] for t in self.prompts())
+        torch.manual_seed(0)
+        given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 258, **options}
+        return decoding.generate(ids, **given)[:, ids.shape[1] :]
+
+    def test_the_same_seed_gives_the_same_answers(self) -> None:
+        decoding = self.bound()
+        for sample in (False, True):
+            first, second = (self.answers(decoding, do_sample=sample, top_k=0) for _ in range(2))
+            assert torch.equal(first, second)
+
+    def test_caches_change_nothing(self) -> None:
+        decoding = self.bound()
+        assert torch.equal(self.answers(decoding), self.answers(decoding, use_cache=False))
+
+    def test_a_padded_batch_gives_what_its_rows_give(self) -> None:
+        if not self.greedy:
+            return
+        together = self.answers(self.bound())
+        assert torch.equal(together[:1], self.answers(self.bound(), slice(0, 1), skip=3))
+        assert torch.equal(together[1:], self.answers(self.bound(), slice(1, 2)))
+
+    def test_the_models_are_as_before(self) -> None:
+        decoding = self.bound()
+        models = [decoding.host, *decoding.__dict__["others"]]
+        decoding.host.train()
+        before = [copy.deepcopy(m.state_dict()) for m in models]
+        flags = [[(p.requires_grad, m.training) for p in m.parameters()] for m in models]
+        self.answers(decoding)
+        for model, state, kept in zip(models, before, flags):
+            assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+            assert [(p.requires_grad, model.training) for p in model.parameters()] == kept
+
+    def test_it_answers_messages_and_streams(self) -> None:
+        from pegbox.parts.generation import generate, stream
+
+        decoding, messages = self.bound(), [{"role": "user", "content": "hello"}]
+        whole = generate(decoding, decoding.tokenizer, [messages, messages], max_new_tokens=5)
+        pieces = list(stream(decoding, decoding.tokenizer, messages, max_new_tokens=5))
+        if self.greedy:
+            assert whole == ["".join(pieces)] * 2
+
+    def test_it_scores_whole_texts_or_says_that_it_does_not(self) -> None:
+        from pegbox.errors import Unsupported
+
+        decoding, (ids, mask) = self.bound(), self.prompts()
+        if not type(self.make()).scores:
+            with pytest.raises(Unsupported, match="probability"):
+                decoding(input_ids=ids)
+            return
+        logits = decoding(input_ids=ids, attention_mask=mask).logits[1]
+        assert torch.allclose(logits.exp().sum(-1), torch.ones(ids.shape[1]), atol=1e-5)
+        assert torch.equal(self.answers(decoding)[1, :1], logits[-1:].argmax(-1))
+
+    def test_its_summary_can_be_written(self) -> None:
+        import json
+
+        decoding = self.bound()
+        self.answers(decoding)
+        assert json.loads(json.dumps(decoding.summary())) == decoding.summary()
+
+    def test_beams_are_refused(self) -> None:
+        from pegbox.errors import Unsupported
+
+        decoding = self.bound()
+        if not decoding.plain():
+            with pytest.raises(Unsupported, match="num_beams"):
+                self.answers(decoding, num_beams=2)
+
+
+class AnalysisBattery(Battery):
+    """Analyses: a finding that can be written and drawn, the same for a seed; the models are as before."""
+
+    axis = "analyze"
+
+    def subject(self, folder: Any, shift: float = 0.05) -> Any:
+        from pegbox.testing.subject import TinySubject
+
+        return TinySubject(folder, shift)
+
+    def test_its_finding_is_plain_and_reads_back(self, tmp_path: Any) -> None:
+        import json
+
+        from pegbox.parts.findings import Finding
+
+        found = self.make().run(self.subject(tmp_path))
+        again = Finding.model_validate(json.loads(json.dumps(found.model_dump(mode="json"), allow_nan=False)))
+        assert again.numbers.keys() == found.numbers.keys()
+        assert found.kind == self.make().kind
+        assert found.title
+        assert len({p.key for p in found.pictures}) == len(found.pictures)
+
+    def test_it_finds_the_same_again(self, tmp_path: Any) -> None:
+        first, second = (self.make().run(self.subject(tmp_path / n)) for n in "ab")
+        assert first.model_dump_json() == second.model_dump_json()
+
+    def test_the_models_are_as_before(self, tmp_path: Any) -> None:
+        subject = self.subject(tmp_path)
+        before = subject.digest()
+        self.make().run(subject)
+        assert subject.digest() == before
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
