@@ -301,5 +301,5 @@ class TestScaled(battery(DecoderBattery, {"kind": "scaled", "alpha": 0.5})):
 
 
 def test_the_tables_are_open():
-    for axis in (ANALYZE, DATA, OBJECTIVE, OPTIM, PREPARE, SELECT, TUNER, WEIGHTS):
+    for axis in (ANALYZE, DATA, DECODE, OBJECTIVE, OPTIM, PREPARE, SELECT, TUNER, WEIGHTS):
         assert axis.kinds(), axis.name

@@ -22,8 +22,7 @@ ROLES = {"v": ("self_attn.v_proj", 0), "o": ("self_attn.o_proj", 1), "u": ("mlp.
 
 
 def case_of(path):
-    """(the case's sizes and units, its tensors). The sizes stand beside it: in a file of its own, in cases.json under its
-    name, or in cases.json as a whole."""
+    """(the case's sizes and units, its tensors). The sizes stand beside it: in a file of its own, or in cases.json."""
     data = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path).items()}
     own = [path.with_suffix(".json"), path.with_name(path.name.replace("llama_mha", "cases")).with_suffix(".json")]
     file = next((p for p in own if p.is_file()), path.with_name("cases.json"))

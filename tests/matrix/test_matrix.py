@@ -29,6 +29,7 @@ AXES = {
         "scatter": {"kind": "sparse", "execution": "scatter"},
         "bypass": {"kind": "sparse", "execution": "bypass", "coordinates": "absolute"},
         "lean": {"kind": "sparse", "execution": "lean"},
+        "slices": {"kind": "slices", "select": {"kind": "units", "ratios": {"d": 0.2}}},
         "full": {"kind": "full"},
     },
     "select": {
@@ -41,6 +42,7 @@ AXES = {
             "schedule": {"every": 1},
         },
         "half": {"kind": "half"},
+        "units": {"kind": "units", "ratios": {"v": 0.5, "o": 0.25, "u": 0.1, "d": 0.1}},
         "regrow": {
             "kind": "regrow",
             "budget": {"density": 0.02},
@@ -62,7 +64,12 @@ AXES = {
         "mezo": {"kind": "mezo", "lr": 1e-4, "eps": 1e-3},
     },
     "data": {"plain": [], "corrupted": [{"kind": "corruption", "rate": 0.3, "form": "existing", "token": 3}]},
-    "prepare": {"as it is": [], "corda": [{"kind": "corda", "mode": "ipm", "rank": 4}], "nf4": [{"kind": "nf4"}]},
+    "prepare": {
+        "as it is": [],
+        "corda": [{"kind": "corda", "mode": "ipm", "rank": 4}],
+        "nf4": [{"kind": "nf4"}],
+        "permute": [{"kind": "permute"}],
+    },
 }
 
 # (choice, choice) -> a word of the reason. Everything else must work.
@@ -98,6 +105,15 @@ REFUSED = {
     ("prepare=corda", "select=random"): "take",  # only lora takes factors, and it takes no selection
     ("prepare=corda", "select=principal"): "take",
     ("prepare=corda", "select=half"): "take",
+    ("tuner=slices", "select=random"): "takes units",
+    ("tuner=slices", "select=principal"): "takes units",
+    ("tuner=slices", "select=half"): "takes units",
+    ("tuner=slices", "select=neurons"): "takes units",
+    ("tuner=slices", "select=regrow"): "takes units",
+    ("tuner=slices", "prepare=corda"): "takes none up",
+    ("tuner=lora", "select=units"): "takes no selection",
+    ("tuner=ia3", "select=units"): "takes no selection",
+    ("prepare=corda", "select=units"): "take",
     ("prepare=corda", "select=neurons"): "take",
 }
 
