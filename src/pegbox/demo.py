@@ -12,7 +12,7 @@ __all__ = ["MODEL", "RECIPES", "demo"]
 
 MODEL = "smollm2-135m-q4"
 RECIPES = ("lora", "lift", "full")
-OVERRIDES = {"lora": ["optim.lr=1e-3"], "lift": ["optim.lr=5e-4"], "full": ["optim.lr=1e-4"]}
+OVERRIDES = {"lora": ["optim.lr=1.5e-3"], "lift": ["optim.lr=5e-4"], "full": ["optim.lr=1e-4"]}
 
 
 def demo(
@@ -29,7 +29,7 @@ def demo(
     """
     from pegbox.compare import compare
 
-    steps, tests = (4, 12) if quick else (24, 36)
+    steps, tests = (4, 12) if quick else (28, 36)
     return compare(
         [named(recipe) for recipe in RECIPES],
         out=out,
