@@ -107,3 +107,30 @@ def test_roles_that_do_not_exist_are_named(source):
         pool["teacher"]
     assert list(pool) == ["teacher"]
     assert len(pool) == 1
+
+
+def test_what_a_run_was_tuned_from_has_a_name_of_its_own(source, runs, loads):
+    """ "<role>.base" is the run's model with its adapter off, held once; a plain model doesn't know its own."""
+    pool = Pool(
+        {"a": Role(of=str(runs / "a")), "full": Role(of=str(runs / "full")), "x": Role(of=str(source.path))}, source
+    )
+    for name in ("a.base", "full.base"):
+        assert torch.equal(logits(pool[name]), logits(tiny_llama().eval()))
+    assert pool["a.base"].model is pool["a"].model
+    assert not torch.equal(logits(pool["a"]), logits(pool["a.base"]))
+    with pytest.raises(KeyError):
+        pool["x.base"]
+    assert list(pool) == ["a", "full", "x"]
+
+
+def test_a_reward_model_is_loaded_as_what_it_is(tmp_path, source):
+    from transformers import LlamaForSequenceClassification
+
+    from pegbox.testing import tiny_tokenizer
+
+    config = tiny_llama().config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "scorer")
+    tiny_tokenizer().save_pretrained(tmp_path / "scorer")
+    pool = Pool({"reward": Role(of=str(tmp_path / "scorer"), task="sequence-classification")}, source)
+    assert logits(pool["reward"]).shape == (1, 1)

@@ -1,10 +1,12 @@
 """Every built-in part through its axis's battery."""
 
+import pytest
 import torch
 
 from pegbox.analyze.base import ANALYZE
 from pegbox.data.base import DATA
 from pegbox.decode.base import DECODE
+from pegbox.errors import Unsupported
 from pegbox.objectives.base import OBJECTIVE
 from pegbox.optim.base import OPTIM
 from pegbox.parts.allocation import Allocation, Entries, Units, Whole
@@ -92,6 +94,20 @@ class TestUnits(battery(SelectorBattery, {"kind": "units", "ratios": {"v": 0.5, 
 
 class TestUnitsByWeight(battery(SelectorBattery, {"kind": "units", "ratios": {"d": 0.2}, "strategy": "weight"})):
     pass
+
+
+class TestKnapsack(battery(SelectorBattery, {"kind": "knapsack", "rho": 0.6, "importance": "random"})):
+    """Statistics as a stage gathers them; how many weights train can't be known from shapes."""
+
+    def stats(self, model):
+        from pegbox.testing import tiny_batch
+
+        batch = {k: v for k, v in tiny_batch().items() if k in {"input_ids", "labels"}}
+        return self.make().statistics().gather(model, [batch], lambda m, b: m(**b).loss, lambda: None)
+
+    def test_count_from_shapes_is_the_count(self):
+        with pytest.raises(Unsupported):
+            super().test_count_from_shapes_is_the_count()
 
 
 class TestWhole(battery(SelectorBattery, {"kind": "whole"})):

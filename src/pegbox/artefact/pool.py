@@ -18,10 +18,11 @@ from pegbox.artefact.load import load_artefact
 from pegbox.artefact.manifest import MANIFEST, Manifest, artefact_folder, read
 from pegbox.errors import BadInput, Unsupported, did_you_mean
 from pegbox.models import Precision, Source, load, resolve
-from pegbox.parts.adapters import adapter_off, adapter_on
+from pegbox.parts.adapters import adapter_off, adapter_on, is_adapted
+from pegbox.prepare import PREPARE
 from pegbox.recipe import Role
 
-__all__ = ["Pool", "RoleModel"]
+__all__ = ["Pool", "RoleModel", "stands_on_its_base"]
 
 BEFORE = ".base"  # "<role>.base" is what a role's model was tuned from
 
@@ -118,7 +119,11 @@ class Pool(Mapping[str, RoleModel]):
         if role is None or not (role.of == "base" or _is_run(role.of)):
             raise KeyError(name)
         if name not in self._ready:
-            self._ready[name] = self._make(name, role.model_copy(update={"adapter": False}))
+            tuned: Any = self[name.removesuffix(BEFORE)] if role.adapter else None
+            if tuned is not None and is_adapted(tuned.model) and role.of != "base" and stands_on_its_base(role.of):
+                self._ready[name] = RoleModel(tuned.model, tuned.tokenizer, _Off(tuned.model))
+            else:
+                self._ready[name] = self._make(name, role.model_copy(update={"adapter": False}))
         return self._ready[name]
 
     def _make(self, name: str, role: Role) -> RoleModel:
@@ -178,6 +183,15 @@ class Pool(Mapping[str, RoleModel]):
 def _is_run(ref: str) -> bool:
     path = Path(ref)
     return (path / MANIFEST).exists() or (path / "artefact" / MANIFEST).exists()
+
+
+def stands_on_its_base(run: str) -> bool:
+    """Whether a run's model with its adapter off is what tuning began from: its base, prepared as it was, unless a
+    preparation took a part of the weights out for the adapter to start from, or something else changed them too."""
+    parts = [part for part in read(run, verify=False).parts if part.kind not in ("data", "json")]
+    prepared = [PREPARE.validate(part.component) for part in parts if part.axis == "prepare"]
+    others = [part.kind for part in parts if part.axis != "prepare"]
+    return others == ["adapter"] and not any(type(p).leaves_factors for p in prepared)
 
 
 def _adapter_folder(place: Path, manifest: Manifest) -> Path | None:

@@ -28,7 +28,7 @@ def bound(spec: RunSpec, opened: Opened, artefact: Path | None = None) -> Decodi
         artefact: where `opened` was tuned; None: it is the bare base. A decoder that works on a tuned model then takes
             the first model that the recipe names.
     """
-    from pegbox.artefact import Pool
+    from pegbox.artefact.pool import Pool, stands_on_its_base
 
     decoder, roles = spec.recipe.decode, dict(spec.recipe.models)
     assert decoder is not None
@@ -39,7 +39,8 @@ def bound(spec: RunSpec, opened: Opened, artefact: Path | None = None) -> Decodi
     model: Any = opened.model
     reference: Any = nullcontext
     if artefact is not None:
-        reference = partial(adapter_off, model) if is_adapted(model) else None
+        own = is_adapted(model) and stands_on_its_base(str(artefact))
+        reference = partial(adapter_off, model) if own else None
     pool = Pool(
         {**roles, OWN: Role(of="base", adapter=False)},
         base_of(spec, artefact),
