@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ def show_selection(
 ) -> dict[str, Any]:
     """Make the recipe's selection on the model (with calibration rows where it needs statistics) and count it.
 
-    Returns {"trained", "total", "tensors", "by_operation": {name: count}, "by_block": {number: count}, "outside"}.
+    Returns {"trained", "total", "tensors", "by_operation": {name: count}, "by_block": {number: count}, "outside"}, and
+    "flops" where the selection spends FLOPs: the shares of full training asked for, planned and counted, and where the
+    planned ones go.
     """
     from pegbox.parts.plugins import load_plugins
     from pegbox.run import build_spec
@@ -40,9 +42,22 @@ def by_place(allocation: Any, model: Any) -> dict[str, Any]:
     anatomy = Anatomy.of(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     counts = {name: n for name, n in allocation.trained(shapes).items() if n}
-    operations: dict[str, int] = defaultdict(int)
-    blocks: dict[int, int] = defaultdict(int)
-    outside = 0
+    placed = _placed(counts, anatomy)
+    flops = _flops(allocation.facts, anatomy)
+    return {
+        "trained": sum(counts.values()),
+        "total": sum(p.numel() for p in model.parameters()),
+        "tensors": len(counts),
+        **placed,
+        **({"flops": flops} if flops else {}),
+    }
+
+
+def _placed(counts: Mapping[str, float], anatomy: Any) -> dict[str, Any]:
+    """Sums by the operation's name, by block, and outside blocks."""
+    operations: dict[str, float] = defaultdict(int)
+    blocks: dict[int, float] = defaultdict(int)
+    outside: float = 0
     for name, count in counts.items():
         parts = [p for p in name.removesuffix(".weight").removesuffix(".bias").split(".") if not p.isdigit()]
         operations[parts[-1]] += count
@@ -51,31 +66,53 @@ def by_place(allocation: Any, model: Any) -> dict[str, Any]:
             outside += count
         else:
             blocks[place[1]] += count
-    return {
-        "trained": sum(counts.values()),
-        "total": sum(p.numel() for p in model.parameters()),
-        "tensors": len(counts),
-        "by_operation": dict(sorted(operations.items(), key=lambda item: -item[1])),
-        "by_block": dict(sorted(blocks.items())),
-        "outside": outside,
+    by_operation = dict(sorted(operations.items(), key=lambda item: -item[1]))
+    return {"by_operation": by_operation, "by_block": dict(sorted(blocks.items())), "outside": outside}
+
+
+def _flops(facts: Mapping[str, Any], anatomy: Any) -> dict[str, Any]:
+    """Where a step's FLOPs go, of a selection that tells; {} of any other."""
+    if "flops_own" not in facts:
+        return {}
+    own = {name: flops for name, flops in facts["flops_own"].items() if flops}
+    shares = {key: facts[key] for key in ("rho_asked", "rho_planned", "rho_counted") if key in facts}
+    parts = {
+        "forward": facts["flops_forward"],
+        "passing gradients on": facts["flops_through"],
+        "gradients of weights": sum(own.values()),
     }
+    return {**shares, "full": facts["flops_full"], "parts": parts, **_placed(own, anatomy)}
 
 
 def table(found: dict[str, Any]) -> Any:
     """The counts as a rich renderable with bars."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     share = found["trained"] / max(found["total"], 1)
     head = Text(
         f"{found['trained']:,} of {found['total']:,} weights train ({share:.2%}), in {found['tensors']} tensors"
     )
-    parts: list[Any] = [head]
-    for title, counts in (("by operation", found["by_operation"]), ("by block", found["by_block"])):
-        most = max(counts.values(), default=1)
-        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
-        for name, count in counts.items():
-            grid.add_row(str(name), f"{count:,}", "█" * max(1, round(BAR * count / most)))
-        parts.append(grid)
+    parts: list[Any] = [head, *_bars(found)]
+    if "flops" in found:
+        flops = found["flops"]
+        names = {"rho_asked": "asked for", "rho_planned": "planned", "rho_counted": "counted"}
+        told = ", ".join(f"{word} {flops[key]:.1%}" for key, word in names.items() if key in flops)
+        parts.append(Text(f"FLOPs of a step, of full training's {flops['full']:.4g}: {told}"))
+        parts.append(_grid("where they go", flops["parts"]))
+        parts += _bars(flops, "gradients of weights, ")
     return Group(*parts)
+
+
+def _bars(found: dict[str, Any], of: str = "") -> list[Any]:
+    return [_grid(f"{of}by operation", found["by_operation"]), _grid(f"{of}by block", found["by_block"])]
+
+
+def _grid(title: str, counts: dict[Any, float]) -> Any:
+    from rich.table import Table
+
+    most = max(counts.values(), default=1) or 1
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    for name, count in counts.items():
+        grid.add_row(str(name), f"{count:,.0f}", "█" * max(1, round(BAR * count / most)))
+    return grid

@@ -335,7 +335,7 @@ def _attention_of(model: nn.Module, tracer: _Tracer) -> Iterator[Callable[[tuple
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Training mode; modes and buffers (running statistics) are as before when it ends."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
     model.train()
     try:
         yield
