@@ -363,3 +363,34 @@ def test_in_bfloat16_the_values_stay_float32():
     small = wrapped(values="bfloat16")
     train(small)
     assert not torch.allclose(logits(small), logits(tiny_llama()), atol=1e-4)
+
+
+# ---- single weights, whatever their number
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("share", ["none", "some", "all"])
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_single_weights_equal_a_masked_dense_weight(axes, share, dtype, tolerance):
+    """Forward and backward equal F.linear with a masked dense parameter; k = 0, k = all; 2 to 4 axes; no bias."""
+    draw = torch.Generator().manual_seed(axes)
+    base = nn.Sequential(nn.Linear(9, 6, bias=axes == 3)).to(dtype)
+    index = {"none": torch.empty(0), "some": torch.tensor([1, 7, 20, 53]), "all": torch.arange(54)}[share].int()
+    weight = base[0].weight.detach().clone()
+    bias = base[0].bias
+    config = SparseConfig(execution="lean").with_allocation(Allocation({"0.weight": Entries(index)}))
+    model = get_peft_model(base, config)
+    theta = torch.randn(index.numel(), generator=draw, dtype=dtype, requires_grad=True)
+    values = sparse_layers(model)["0"].sparse_values("weight", "default")
+    with torch.no_grad():
+        values.copy_(theta)
+    x = torch.randn(*(2, 3, 4, 5)[: axes - 1], 9, generator=draw, dtype=dtype, requires_grad=True)
+    z = x.detach().clone().requires_grad_(True)
+    y = model(x)
+    wanted = nn.functional.linear(z, weight.flatten().index_add(0, index.long(), theta).view(6, 9), bias)
+    torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
+    pull = torch.randn(y.shape, generator=draw, dtype=dtype)
+    (y * pull).sum().backward()
+    (wanted * pull).sum().backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(values.grad, theta.grad, rtol=tolerance, atol=tolerance)

@@ -60,10 +60,16 @@ class Units:
 
 @dataclass(frozen=True)
 class PerTensor:
-    """A tuner's or a codec's own options for this tensor. `role` is "tuner" or "codec"; `options` is plain JSON."""
+    """A tuner's or a codec's own options for this tensor.
+
+    Args:
+        role: "tuner" or "codec". options: plain JSON; of a tuner "trained" says how many weights it trains.
+        index: (k,) flat positions of single entries that train beside it (other parts of a fused matrix).
+    """
 
     role: str
     options: dict[str, Any] = field(default_factory=dict)
+    index: Tensor | None = None
 
 
 Choice = Frozen | Whole | Entries | Units | PerTensor
@@ -86,8 +92,8 @@ class Allocation(dict[str, Choice]):
         for name in sorted(self):
             choice = self[name]
             total.update(json.dumps([name, _describe(choice)], sort_keys=True).encode())
-            if isinstance(choice, Entries | Units):
-                total.update(choice.index.detach().to("cpu", torch.int64).contiguous().numpy().tobytes())
+            if (index := _index_of(choice)) is not None:
+                total.update(index.detach().to("cpu", torch.int64).contiguous().numpy().tobytes())
         return total.hexdigest()
 
     def trained(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -96,7 +102,7 @@ class Allocation(dict[str, Choice]):
 
     def save(self, path: Path) -> None:
         """Write one safetensors file: index tensors by name, everything else in its JSON metadata."""
-        tensors = {n: c.index.cpu().contiguous() for n, c in self.items() if isinstance(c, Entries | Units)}
+        tensors = {n: i.cpu().contiguous() for n, c in self.items() if (i := _index_of(c)) is not None}
         meta = {"allocation": json.dumps({n: _describe(c) for n, c in self.items()}), "facts": json.dumps(self.facts)}
         save_file(tensors, str(path), metadata=meta)
 
@@ -111,6 +117,10 @@ class Allocation(dict[str, Choice]):
             return cls({name: _rebuild(d, tensors.get(name)) for name, d in described.items()}, facts=facts)
         except Exception as error:
             raise Corrupt(f"{path} is not a readable allocation file ({error}).") from error
+
+
+def _index_of(choice: Choice) -> Tensor | None:
+    return choice.index if isinstance(choice, Entries | Units | PerTensor) else None
 
 
 def _describe(choice: Choice) -> dict[str, Any]:
@@ -130,7 +140,7 @@ def _rebuild(described: dict[str, Any], index: Tensor | None) -> Choice:
         case "whole":
             return Whole()
         case "per_tensor":
-            return PerTensor(described["role"], described["options"])
+            return PerTensor(described["role"], described["options"], index)
         case "entries" if index is not None:
             return Entries(index)
         case "units" if index is not None:
@@ -147,5 +157,7 @@ def _count(choice: Choice, shape: tuple[int, ...]) -> int:
             return index.numel()
         case Units(axis=axis, index=index):
             return numel // shape[axis] * index.numel()
+        case PerTensor(options=options, index=index):
+            return int(options.get("trained", 0)) + (0 if index is None else index.numel())
         case _:
             return 0

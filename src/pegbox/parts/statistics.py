@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pegbox.errors import BadInput, Corrupt, did_you_mean
 from pegbox.parts.anatomy import Anatomy, Piece
 from pegbox.parts.files import write_tensors
+from pegbox.parts.statistics_parameters import ParameterSpec, sensitivity
 from pegbox.parts.statistics_pass import GRADIENT_KINDS, INPUT_KINDS, Collector
 
 __all__ = ["StageWeights", "StatSpec", "Statistics", "collect", "fingerprint"]
@@ -155,7 +156,7 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
 
 def collect(
     model: nn.Module,
-    spec: StatSpec,
+    spec: StatSpec | ParameterSpec,
     batches: Iterable[Mapping[str, Any]],
     loss: Loss | None = None,
     per: Literal["batch", "sample", "token"] | None = None,
@@ -172,6 +173,8 @@ def collect(
     that are no linear layers. The model comes back as it was, modes and flags included.
     """
     anatomy = Anatomy.of(model)
+    if isinstance(spec, ParameterSpec):
+        return _of_parameters(model, spec, batches, loss, anatomy)
     pieces = _targets(anatomy, spec)
     collector = Collector(spec, per or spec.per, anatomy, pieces)
     modes = {module: module.training for module in model.modules()}
@@ -192,6 +195,30 @@ def collect(
     tensors, missing = collector.results()
     mark = fingerprint(model, anatomy, [piece.module for piece in pieces])
     return Statistics(tensors, collector.sequences, collector.tokens, tuple(missing), mark)
+
+
+def _of_parameters(
+    model: nn.Module, spec: ParameterSpec, batches: Iterable[Any], loss: Loss | None, anatomy: Anatomy
+) -> Statistics:
+    """{"sensitivity": sums by parameter}; see `statistics_parameters`."""
+    device = next(model.parameters()).device
+
+    def own(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k not in _SIDE}
+        return _own_loss(model, inputs)
+
+    names = spec.names(anatomy) if callable(spec.names) else spec.names
+    sums = sensitivity(
+        model,
+        batches,
+        loss or own,
+        spec.reduce,
+        names=names,
+        limit=spec.batches,
+        deterministic=spec.deterministic,
+        head_std=spec.head_std,
+    )
+    return Statistics({"sensitivity": sums}, fingerprint=fingerprint(model, anatomy))
 
 
 def _targets(anatomy: Anatomy, spec: StatSpec) -> list[Piece]:

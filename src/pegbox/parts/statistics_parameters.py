@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pegbox.errors import BadInput
+from pegbox.parts.anatomy import Anatomy
 
 __all__ = ["ParameterSpec", "sensitivity"]
 
@@ -31,13 +32,13 @@ class ParameterSpec:
     """Asks a recipe's runner (or `collect`) for the sensitivity of parameters: {"sensitivity": {name: sums}}.
 
     Args:
-        names: the parameters; None: all.
+        names: the parameters, or what names them once the model's anatomy is known; None: all.
         reduce: what is summed. batches: at most so many, of batch_size rows; None: all that there are.
         deterministic: without dropout and stochastic depth; else in train mode, as the official code does.
         head_std: a head whose weight is all zeros lets no gradient through; for this pass it is drawn N(0, head_std^2).
     """
 
-    names: tuple[str, ...] | None = None
+    names: tuple[str, ...] | Callable[[Anatomy], Sequence[str]] | None = None
     reduce: Reduce = "batch_sq"
     batches: int | None = 16
     batch_size: int = 8
@@ -160,8 +161,6 @@ def _adder(total: Tensor, reduce: str) -> Callable[[Tensor], None]:
 
 def _dead_heads(model: nn.Module) -> list[nn.Parameter]:
     """Weights of heads that are all zeros."""
-    from pegbox.parts.anatomy import Anatomy
-
     found = []
     for piece in Anatomy.of(model).pieces:
         weight = dict(model.named_parameters()).get(piece.weight) if piece.category == "head" else None

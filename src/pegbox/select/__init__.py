@@ -9,6 +9,7 @@ from pegbox.select import (
     per_neuron,
     random,
     regrow,
+    sensitivity,
     units,
     whole,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "per_neuron",
     "random",
     "regrow",
+    "sensitivity",
     "units",
     "whole",
 ]

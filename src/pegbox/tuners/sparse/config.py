@@ -63,6 +63,8 @@ class SparseConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     bias: str = "none"  # PEFT's own field; biases are chosen by `tensors`
+    sites: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # from an allocation: module -> its modules
+    held_tensors: list[str] | None = None  # what the adapter has entries of, once that is known
     allocation: str = "select"
 
     def __post_init__(self) -> None:

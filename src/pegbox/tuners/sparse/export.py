@@ -23,6 +23,11 @@ def export_delta(model: nn.Module, adapter: str = "default") -> Delta:
 
     delta = Delta()
     for module_name, layer in sparse_layers(model).items():
+        if adapter in layer.sparse_sites:
+            raise BadInput(
+                f"'{module_name}' has a module of its own, which is no difference in single entries. Merge the adapter"
+                " and compare whole weights instead."
+            )
         for tensor in TENSORS:
             if adapter not in layer._of(tensor, "values"):
                 continue

@@ -20,6 +20,7 @@ from pegbox.parts.packed import floating
 from pegbox.parts.parameterinfo import ParameterInfo, attach_info, info_of, touch
 from pegbox.parts.watching import Watch
 from pegbox.tuners.sparse.execution import base_facts, choose_execution, onloaded
+from pegbox.tuners.sparse.sites import make_sites
 from pegbox.tuners.sparse.slots import Slot, move, touched, values_dtype
 
 __all__ = ["TENSORS", "HeldEntries"]
@@ -30,7 +31,7 @@ TENSORS = ("weight", "bias")
 class HeldEntries(nn.Module, BaseTunerLayer):
     """The slots of all adapters of one module; PEFT's containers, and every change to them."""
 
-    adapter_layer_names = tuple(f"sparse_{t}_values" for t in TENSORS)
+    adapter_layer_names = (*(f"sparse_{t}_values" for t in TENSORS), "sparse_sites")
     other_param_names = tuple(f"sparse_{t}_{part}" for t in TENSORS for part in ("index", "left_index", "left_values"))
 
     def __init__(self, base_layer: nn.Module, name: str, tied: bool = False):
@@ -41,6 +42,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
             setattr(self, f"sparse_{tensor}_values", nn.ParameterDict())
             for part in ("index", "left_index", "left_values"):
                 setattr(self, f"sparse_{tensor}_{part}", BufferDict(persistent=True))
+        self.sparse_sites = nn.ModuleDict()  # adapter -> modules beside the matrix (see `sites.py`)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -76,6 +78,10 @@ class HeldEntries(nn.Module, BaseTunerLayer):
             chosen = empty if index is None else index.to(facts.device, index_dtype(numel(shape)))
             check_index(chosen, numel(shape), where)
             self._install(adapter, tensor, chosen)
+        if config.sites.get(self.module_name):
+            dtype = values_dtype(facts.dtype, config.values)
+            made = make_sites(self.base_layer, facts, config.sites[self.module_name], dtype, self.module_name)
+            self.sparse_sites[adapter] = made.train(self.training)
         self._moves[adapter] = 0 if all(c is not None for c in choices.values()) else -1  # -1: waits for its file
         self.attach_infos()
 
@@ -149,6 +155,10 @@ class HeldEntries(nn.Module, BaseTunerLayer):
             left_values=self._of(tensor, "left_values")[adapter] if has_left else None,
             absolute=self._options[adapter]["coordinates"] == "absolute",
         )
+
+    def sites_of(self, adapter: str) -> list[Any]:
+        """The modules that an adapter has beside the matrix."""
+        return list(self.sparse_sites[adapter]) if adapter in self.sparse_sites else []  # type: ignore[call-overload]
 
     def adapters_on(self, tensor: str) -> list[str]:
         """Active adapters that tune this tensor."""
@@ -263,7 +273,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         target = device or base_facts(self.base_layer).device
         for name in (*self.adapter_layer_names, *self.other_param_names):
             held = getattr(self, name)
-            if adapter_name in held and not held[adapter_name].is_meta:
+            if adapter_name in held and not getattr(held[adapter_name], "is_meta", False):
                 held[adapter_name] = held[adapter_name].to(target)
         self.attach_infos()
 

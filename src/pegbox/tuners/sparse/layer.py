@@ -58,6 +58,7 @@ class SparseLayer(HeldEntries):
     def __init__(self, base_layer: nn.Module, name: str, tied: bool = False):
         super().__init__(base_layer, name, tied)
         self._merged: list[tuple[str, list[Tensor], list[Tensor]]] = []  # (tensor, positions, entries before)
+        self._whole_before: Tensor | None = None  # the weight from before a module beside it was folded in
         self._packed_before: list[nn.Parameter] = []  # packed weights from before each merge
         self.requantize = False  # whether merging into a packed weight is meant
         self._start_anew()
@@ -69,6 +70,18 @@ class SparseLayer(HeldEntries):
     # ---- forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self._entries_forward(x, *args, **kwargs)
+        return self._through_sites(x, y) if self._modules["sparse_sites"]._modules else y  # type: ignore[union-attr]
+
+    def _through_sites(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output with what the modules beside the matrix add."""
+        if not self._disable_adapters and not self.merged:
+            for adapter in self.active_adapters:
+                for site in self.sites_of(adapter):
+                    y = site(x, y)
+        return y
+
+    def _entries_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._quick is not None and not args and not kwargs and self._still_quick():
             return self._quick_forward(x)
         if self._disable_adapters and self.merged:
@@ -293,13 +306,32 @@ class SparseLayer(HeldEntries):
         """Write adapters into the base for good (until `unmerge`), with float32's rounding to the base's dtype."""
         names = check_adapters_to_merge(self, adapter_names)
         self.revert()
+        self._check_foldable(names)
         for adapter in names:
             for tensor in TENSORS:
                 if adapter in self._of(tensor, "values"):
                     self._require_loaded(adapter)
                     self._merge_one(adapter, tensor, safe_merge)
+            for site in self.sites_of(adapter):
+                site.fold(self.base.weight.detach(), base_facts(self.base_layer).transposed)
             if adapter in self._options:
                 self.merged_adapters.append(adapter)
+
+    def _check_foldable(self, names: list[str]) -> None:
+        """Modules beside the matrix can be folded in, and the weight from before is kept."""
+        sites = [site for name in names for site in self.sites_of(name)]
+        if not sites:
+            return
+        if not all(site.mergeable for site in sites):
+            raise Unsupported(f"{self.module_name}: an adapter behind the matrix is not linear and can't be merged.")
+        if base_facts(self.base_layer).packed or self.tied:
+            raise Unsupported(f"{self.module_name}: a low-rank module can't be merged into a packed or shared weight.")
+        if self._whole_before is None:
+            flat = self.pretrained("weight").clone()
+            for tensor, positions, before in reversed(self._merged):
+                if tensor == "weight":
+                    restore_entries(flat, positions, before)
+            self._whole_before = flat.view(self.shape_of("weight"))
 
     def _merge_one(self, adapter: str, tensor: str, safe: bool) -> None:
         if tensor == "weight" and base_facts(self.base_layer).packed:
@@ -353,6 +385,9 @@ class SparseLayer(HeldEntries):
             return
         for tensor, positions, before in reversed(self._merged):
             restore_entries(self.pretrained(tensor), positions, before)
+        if self._whole_before is not None:
+            self.base.weight.detach().copy_(self._whole_before)
+            self._whole_before = None
         if self._packed_before:
             self.base.weight = self._packed_before[0]
         self._packed_before.clear()

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from pegbox.errors import BadInput, Corrupt, Unsupported
-from pegbox.parts.allocation import Allocation, Entries, Frozen, Units, Whole
+from pegbox.parts.allocation import Allocation, Entries, Frozen, PerTensor, Units, Whole
 from pegbox.parts.indexsets import check_index, everything, from_units, index_dtype, numel
 from pegbox.parts.packed import Share, full_shape
 from pegbox.parts.rowsets import columns_of, flat_of_columns, laid_out, pack_columns, unpack_columns
@@ -46,26 +46,38 @@ class SparseModel(BaseTuner):
         config: SparseConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         given = config.take_allocation()
         if given is not None:
+            config.sites = sites_of(given)
+        if given is not None:
             config.target_modules = sorted({name.rsplit(".", 1)[0] for name, c in given.items() if not _frozen(c)})
             config.exclude_modules = config.layers_to_transform = None
         else:
             config.target_modules = resolve_targets(model, config.target_modules or "all-linear")
         self._tied = _shared_weights(model)
         wanted = self._wanted(model, config, given)
-        if not wanted and state_dict is None:
+        if not wanted and not config.sites and state_dict is None:
             raise BadInput(
                 f"The sparse tuner's targets {config.target_modules} have none of the tensors {config.tensors}, or all"
                 " are excluded. Choose other target_modules or tensors."
             )
         stored = config.allocation == "stored" or state_dict is not None
         self._choices = dict.fromkeys(wanted) if stored else self._choose(model, config, given, wanted)
+        config.held_tensors = sorted(self._choices)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, state_dict)
         del self._choices
 
     def _wanted(self, model: nn.Module, config: SparseConfig, given: Allocation | None) -> list[str]:
         """Names (bare) of the tensors that this adapter tunes."""
         if given is not None:
-            return [name for name, choice in given.items() if not _frozen(choice)]
+            chosen = [name for name, choice in given.items() if _has_entries(choice)]
+            other = [name for name in chosen if name.rsplit(".", 1)[-1] not in TENSORS]
+            if other:
+                raise Unsupported(
+                    f"The sparse tuner holds entries of weights and biases; '{other[0]}' is neither. Leave its module"
+                    " out of select.target_modules."
+                )
+            return chosen
+        if config.allocation == "stored" and config.held_tensors is not None:
+            return list(config.held_tensors)
         names = []
         inside = [key + "." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
         for key, module in model.named_modules():
@@ -85,7 +97,7 @@ class SparseModel(BaseTuner):
         shapes = {name: _shape(modules[name], name.rsplit(".", 1)[1]) for name in wanted}
         if given is None:
             given = select_entries(config, modules, shapes, _parameter_count(model))
-        return {name: index_of_choice(given[name], shapes[name], name) for name in given if not _frozen(given[name])}
+        return {name: index_of_choice(given[name], shapes[name], name) for name in given if _has_entries(given[name])}
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -100,7 +112,7 @@ class SparseModel(BaseTuner):
         choices = {t: self._choices[f"{current_key}.{t}"] for t in TENSORS if f"{current_key}.{t}" in self._choices}
         if not choices and not self._choices:  # injected from a state dict: every tensor it may hold
             choices = {t: None for t in config.tensors if _has_tensor(target, t)}
-        if not choices:
+        if not choices and current_key not in config.sites:
             return
         if isinstance(target, SparseLayer):
             target.add(adapter_name, config, choices)
@@ -140,6 +152,12 @@ class SparseModel(BaseTuner):
         return kept
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if ".sparse_sites." in key:
+            return key.replace(f".sparse_sites.{adapter_name}.", ".sparse_sites.", 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -148,6 +166,9 @@ class SparseModel(BaseTuner):
         bare = {name.removeprefix("base_model.model."): (name, layer) for name, layer in layers.items()}
         remapped: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
+            if ".sparse_sites." in key:
+                remapped[_site_key(key, tensor, bare, adapter_name)] = tensor
+                continue
             module_key, _, attribute = key.removeprefix("base_model.model.").rpartition(".")
             place = bare.get(module_key)
             if place is None or not attribute.startswith("sparse_"):
@@ -164,6 +185,7 @@ class SparseModel(BaseTuner):
             layer.resize(adapter_name, target, part, tensor.numel())
             remapped[f"{name}.{attribute}.{adapter_name}"] = tensor
         _check_loaded(bare, adapter_name, remapped)
+        _check_sites(bare, adapter_name, remapped)
         return remapped
 
 
@@ -208,7 +230,39 @@ def index_of_choice(choice: Any, shape: tuple[int, ...], name: str) -> Tensor:
             return everything(numel(shape))
         case Units(axis=axis, index=index):
             return from_units(axis, index, shape)
+        case PerTensor(role="tuner", index=Tensor() as index):
+            return index
     raise Unsupported(f"{name}: the sparse tuner can't hold the choice {type(choice).__name__}.")
+
+
+def sites_of(allocation: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """module -> the modules that an allocation gives its weight."""
+    found = {}
+    for name, choice in allocation.items():
+        if isinstance(choice, PerTensor):
+            if choice.role != "tuner" or not name.endswith(".weight"):
+                raise Unsupported(f"{name}: the sparse tuner can give tuners to weights only, not a {choice.role}.")
+            found[name.removesuffix(".weight")] = list(choice.options["sites"])
+    return found
+
+
+def _site_key(key: str, tensor: Tensor, bare: Mapping[str, tuple[str, SparseLayer]], adapter: str) -> str:
+    """The place of a saved tensor of a module beside a matrix. Raises `Corrupt`."""
+    head, _, rest = key.partition(".sparse_sites.")
+    place = bare.get(head.removeprefix("base_model.model."))
+    sites = place[1].sparse_sites if place is not None else {}
+    own = dict(sites[adapter].named_parameters()) if adapter in sites else {}
+    if place is None or rest not in own or own[rest].shape != tensor.shape:
+        raise Corrupt(f"The adapter's tensor '{key}' {list(tensor.shape)} has no place in this model.")
+    return f"{place[0]}.sparse_sites.{adapter}.{rest}"
+
+
+def _check_sites(bare: Mapping[str, tuple[str, SparseLayer]], adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    for module_key, (name, layer) in bare.items():
+        if adapter in layer.sparse_sites:
+            for part, _ in layer.sparse_sites[adapter].named_parameters():
+                if f"{name}.sparse_sites.{adapter}.{part}" not in tensors:
+                    raise Corrupt(f"The adapter's file has no '{part}' for the module beside '{module_key}'.")
 
 
 def _in_columns(index: Tensor, layer: SparseLayer) -> Tensor:
@@ -304,6 +358,11 @@ def _weight(module: nn.Module, tensor: str) -> Tensor:
     if base_facts(module).offloaded:
         return onloaded(module, tensor)
     return getattr(module, tensor).detach()
+
+
+def _has_entries(choice: Any) -> bool:
+    """Whether single weights of a tensor train (beside or without a module of its own)."""
+    return not _frozen(choice) and not (isinstance(choice, PerTensor) and choice.index is None)
 
 
 def _frozen(choice: Any) -> bool:

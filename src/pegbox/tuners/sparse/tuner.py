@@ -27,7 +27,7 @@ class SparseTuner(Tuner):
 
     kind: Literal["sparse"] = "sparse"
 
-    takes: ClassVar[frozenset[str]] = frozenset({"entries", "whole", "units"})
+    takes: ClassVar[frozenset[str]] = frozenset({"entries", "whole", "units", "tuner"})
     rewrites_base: ClassVar[bool] = True  # in place, between forwards; `reference` and saving put it back
     merge: ClassVar[Literal["exact", "lossy", "no"]] = "exact"
     moves: ClassVar[frozenset[str]] = frozenset({"slots"})
