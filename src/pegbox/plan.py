@@ -159,7 +159,7 @@ def _attached(recipe: Recipe, model: str) -> tuple[nn.Module, list[str]]:
     if "select" in type(tuner).model_fields:  # the tuner counts a selection from shapes by itself
         block = selector.model_dump(mode="json")
         return tuner.model_copy(update={"select": block}).attach(base, None, ctx), notes
-    if type(selector).needs_weights:
+    if selector.needs_weights:
         notes.append(f"select '{selector.kind}' needs weights or data: counted as if every tensor trained")
         return tuner.attach(base, None, ctx), notes
     allocation = selector.select(Anatomy.of(base), dict(base.named_parameters()), None, ctx.generator("select", 0))
