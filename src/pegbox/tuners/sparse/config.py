@@ -44,6 +44,7 @@ class SparseConfig(PeftConfig):
             (base output plus a sparse product), or "auto": the first of these that is right for each layer. "lean":
             for each call the cheaper of the last two, and nothing is kept but positions and values.
         gradient: "sampled" (only the kept entries are computed) or "dense" (the full gradient, then the entries).
+        scale: what the values are multiplied by before they are added (delta coordinates; the set can't move then).
         values: what the values (and their optimizer state) are held in; bfloat16 halves both and rounds small steps.
         seed: of the selector's random draws.
         tensors: which tensors of a target module: "weight", "bias".
@@ -55,6 +56,7 @@ class SparseConfig(PeftConfig):
     execution: str = "auto"
     gradient: str = "sampled"
     values: str = "float32"
+    scale: float = 1.0
     seed: int = 0
     tensors: list[str] = field(default_factory=lambda: ["weight"])
     target_modules: list[str] | str | None = "all-linear"
@@ -74,6 +76,8 @@ class SparseConfig(PeftConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise BadInput(f"sparse: {name} = {value!r}.{did_you_mean(str(value), allowed)}")
+        if not self.scale > 0 or (self.scale != 1.0 and self.coordinates != "delta"):
+            raise BadInput(f"sparse: scale = {self.scale}; it is above 0, and 1 in absolute coordinates.")
         if not self.tensors or not set(self.tensors) <= {"weight", "bias"}:
             raise BadInput(f"sparse: tensors = {self.tensors!r}; choose from weight, bias.")
         if isinstance(self.target_modules, set):

@@ -47,6 +47,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._options: dict[str, dict[str, str]] = {}  # adapter -> execution, gradient, coordinates
+        self._scales: dict[str, float] = {}  # adapter -> what its values are multiplied by
         self._moves: dict[str, int] = {}  # adapter -> how often its index sets were replaced; -1: waits for its file
         self.watches: dict[tuple[str, str], Watch] = {}  # (adapter, tensor) -> who looks at the whole tensor's gradient
 
@@ -69,6 +70,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
             "values": config.values,
             "coordinates": config.coordinates,
         }
+        self._scales[adapter] = config.scale
         for tensor, index in choices.items():
             if execution == "bypass" and tensor != "weight":
                 raise Unsupported(f"{self.module_name}: a {tensor} can't be tuned beside a packed or offloaded base.")
@@ -150,7 +152,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         has_left = adapter in left
         return Slot(
             index=self._of(tensor, "index")[adapter],
-            values=self.sparse_values(tensor, adapter),
+            values=self.scaled_values(tensor, adapter),
             left_index=left[adapter] if has_left else None,
             left_values=self._of(tensor, "left_values")[adapter] if has_left else None,
             absolute=self._options[adapter]["coordinates"] == "absolute",
@@ -175,6 +177,11 @@ class HeldEntries(nn.Module, BaseTunerLayer):
     def sparse_values(self, tensor: str, adapter: str) -> nn.Parameter:
         return self._of(tensor, "values")[adapter]
 
+    def scaled_values(self, tensor: str, adapter: str) -> Tensor:
+        """What is added to the pretrained entries: the trained values, times the adapter's scale (a new tensor then)."""
+        values, scale = self.sparse_values(tensor, adapter), self._scales.get(adapter, 1.0)
+        return values if scale == 1.0 else values * scale
+
     def option(self, adapter: str, name: str) -> str:
         """An adapter's execution, gradient or coordinates on this layer."""
         return self._options[adapter][name]
@@ -195,6 +202,8 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         Returns the values parameter before and after (the same object if k is the same), and each entry's place in it
         before (-1: new).
         """
+        if self._scales.get(adapter, 1.0) != 1.0:
+            raise Unsupported(f"{self.module_name}: the entries of an adapter with a scale can't move while it trains.")
         self.revert()
         check_index(index, numel(self.shape_of(tensor)), f"{self.module_name}.{tensor}")
         slot = self.slot(adapter, tensor)

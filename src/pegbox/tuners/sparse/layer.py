@@ -132,13 +132,13 @@ class SparseLayer(HeldEntries):
         in_place = len(active) == 1 and self._options[active[0]]["execution"] == "in_place"
         if in_place:
             self.sync()
-            if bias is None and "weight" in self.base._parameters:
+            if bias is None and "weight" in self.base._parameters and self._scales.get(active[0], 1.0) == 1.0:
                 self._quick = (active[0], operation, self._active_adapter)
         else:
             self.revert()
         if bias is None:
             bias = getattr(self.base_layer, "bias", None)
-        values = [self.sparse_values("weight", a) for a in active]
+        values = [self.scaled_values("weight", a) for a in active]
         lent = Lent(self, active, in_place, operation, [self.identity(a) for a in active])
         return Kept.apply(x, bias, lent, *values)
 
@@ -298,6 +298,7 @@ class SparseLayer(HeldEntries):
         self._quick = None
         BaseTunerLayer.delete_adapter(self, adapter_name)
         self._options.pop(adapter_name, None)
+        self._scales.pop(adapter_name, None)
         self._moves.pop(adapter_name, None)
         self._patterns.clear()
 

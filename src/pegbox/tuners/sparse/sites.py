@@ -1,6 +1,6 @@
 """Modules beside a matrix that an allocation gave a tuner of its own: a low-rank product, or a bottleneck behind it.
 
-    lora     y <- y + drop_path(B A drop(x))                A [r, in] kaiming-uniform, B [out, r] zeros, no bias
+    lora     y <- y + drop_path(s B A drop(x))              A [r, in] kaiming-uniform (or normal), B [out, r] zeros
     adapter  y <- y + drop_path(U gelu(D drop(y) + d) + u)  D [r, out], U [out, r] zeros
 
 They act on all outputs, or on some rows of a fused matrix. Both leave the layer as it is when they are new. A low-rank
@@ -22,7 +22,7 @@ from pegbox.tuners.sparse.execution import BaseFacts
 
 __all__ = ["Bottleneck", "LowRank", "make_sites"]
 
-_OPTIONS = {"kind", "r", "dropout", "drop_path", "rows", "biases", "shape"}
+_OPTIONS = {"kind", "r", "dropout", "drop_path", "rows", "biases", "shape", "scale", "std"}
 
 
 class _Site(nn.Module):
@@ -60,22 +60,26 @@ class LowRank(_Site):
             raise BadInput(f"r = {rank} is no low rank for a {count} x {inputs} matrix. Lower it.")
         self.A = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=facts.device))
         self.B = nn.Parameter(torch.zeros(count, rank, dtype=dtype, device=facts.device))
+        self.scale, std = float(options.get("scale", 1.0)), options.get("std")
         if not self.A.is_meta:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5)) if std is None else nn.init.normal_(self.A, std=std)
         self._conv = (base.stride, base.padding, base.dilation, base.weight.shape[1:]) if conv else None  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
         if self._conv is None:
-            return self.add(y, F.linear(F.linear(dropped, self.A), self.B))
+            return self.add(y, self._scaled(F.linear(F.linear(dropped, self.A), self.B)))
         stride, padding, dilation, kernel = self._conv
         inner = F.conv2d(dropped, self.A.view(-1, *kernel), None, stride, padding, dilation)
-        return self.add(y, F.conv2d(inner, self.B[:, :, None, None]))
+        return self.add(y, self._scaled(F.conv2d(inner, self.B[:, :, None, None])))
+
+    def _scaled(self, change: Tensor) -> Tensor:
+        return change if self.scale == 1.0 else change * self.scale
 
     @torch.no_grad()
     def fold(self, weight: Tensor, transposed: bool) -> None:
         """Add B A into the weight, in place."""
-        change = self.B @ self.A
+        change = self._scaled(self.B @ self.A)
         matrix = weight.t() if transposed else weight.view(weight.shape[0], -1)
         if self.rows is None:
             matrix.copy_((matrix.to(change.dtype) + change).to(weight.dtype))
@@ -117,7 +121,8 @@ _KINDS = {"lora": LowRank, "adapter": Bottleneck}
 def make_sites(
     base: nn.Module, facts: BaseFacts, blocks: list[dict[str, Any]], dtype: torch.dtype, name: str
 ) -> nn.ModuleList:
-    """The modules that `blocks` describe: kind, r, and optionally dropout, drop_path, rows, biases, shape.
+    """The modules that `blocks` describe: kind, r, and optionally dropout, drop_path, rows, biases, shape,
+    scale and std (of a low-rank site: s, and the standard deviation that A is drawn with).
 
     Raises `BadInput` for what is not known, `WrongBase` where `shape` is another than the matrix has.
     """
