@@ -514,3 +514,16 @@ def test_a_batch_with_padding_trains(llama):
     batch = {k: v for k, v in tiny_batch().items() if k in ("input_ids", "attention_mask", "labels")}
     model(**batch).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in trained(model))
+
+
+def test_what_a_recipe_is_told_before_anything_is_loaded():
+    from pegbox.capabilities import Facts, refusals
+    from pegbox.recipe import load_recipe
+
+    plain = load_recipe("s2ft")
+    assert refusals(plain) == []
+    assert refusals(plain, Facts(quantized=True)) == []
+    assert any("bypass" in reason for reason in refusals(plain, Facts(sharded=True)))
+    assert refusals(load_recipe("s2ft", ["tuner.execution=bypass"]), Facts(sharded=True)) == []
+    for override in ("tuner.layout=contiguous", "tuner.execution=in_place", "tuner.coordinates=absolute"):
+        assert any("quantized" in reason for reason in refusals(load_recipe("s2ft", [override]), Facts(quantized=True)))
