@@ -54,8 +54,11 @@ class Subject(Protocol):
     def define(self, suite: str, source: Any) -> None:
         """Make a suite of other rows known to `measure`."""
 
-    def measure(self, model: nn.Module, suite: str) -> Measurement:
-        """Score any model in memory on a suite of the run ("target", "retention"), or on one that was defined."""
+    def measure(self, model: nn.Module, suite: str, *, generating: bool = True) -> Measurement:
+        """Score any model in memory on a suite of the run ("target", "retention"), or on one that was defined.
+
+        Without `generating` metrics that draw answers are left out where the suite has others.
+        """
 
 
 class Analysis(Component):

@@ -183,13 +183,15 @@ class Path(Analysis):
 
     Args:
         grid: amounts, with both ends. shifted: further sets of rows by name, to see what holds out of distribution.
-        suites: further suites of the run, e.g. "retention".
+        suites: further suites of the run, e.g. "retention". generate: also draw answers where the suites' metrics ask
+            for them (slow); else the likelihood speaks.
     """
 
     kind: Literal["path"] = "path"
     grid: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=lambda: list(GRID))
     shifted: dict[str, Any] = Field(default_factory=dict)
     suites: list[str] = Field(default_factory=list)
+    generate: bool = False
 
     needs_rows: ClassVar[bool] = True
     reproduces: ClassVar[str] = "arXiv:2109.01903"
@@ -202,7 +204,7 @@ class Path(Analysis):
     def run(self, subject: Subject) -> Finding:
         names = defined(subject, self.shifted, self.suites)
         model, base, tuned = subject.weights()
-        scores = measured(subject, model, base, tuned, names, self.grid)
+        scores = measured(subject, model, base, tuned, names, self.grid, self.generate)
         finding = Finding(kind=self.kind, title="Along the path from base to tuned model")
         report_path(finding, self.grid, scores)
         return finding
@@ -225,11 +227,12 @@ def measured(
     tuned: Mapping[str, Tensor],
     suites: Sequence[str],
     grid: Sequence[float],
+    generate: bool = False,
 ) -> dict[str, list[Score]]:
     """The first score of each suite at each amount."""
 
     def scores(moved: nn.Module) -> list[Score]:
-        found = (subject.measure(moved, suite).scores for suite in suites)
+        found = (subject.measure(moved, suite, generating=generate).scores for suite in suites)
         return [next(iter(of_suite.values())) for of_suite in found]
 
     rows = interpolation_curve(model, base, tuned, scores, grid)

@@ -131,7 +131,7 @@ class Stragglers(Analysis):
         normalize: normalise logits before the loss; None: for classifiers. average: random moves, not the worst.
         layers: how parameters are grouped. examples, batch: target rows behind the losses.
         profile: points of t of the layers' own paths. by, rule, share: which layers are stragglers.
-        grid, shifted: of the path (see `path`). remedy: what to try on the stragglers; None: nothing.
+        grid, shifted, generate: of the path (see `path`). remedy: what to try on the stragglers; None: nothing.
         remedy_on: the suite that the remedy is chosen by.
     """
 
@@ -153,6 +153,7 @@ class Stragglers(Analysis):
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
     grid: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=lambda: list(GRID))
     shifted: dict[str, Any] = Field(default_factory=dict)
+    generate: bool = False
     remedy: Remedy | None = Remedy()
     remedy_on: str = "target"
 
@@ -172,7 +173,7 @@ class Stragglers(Analysis):
         model.float()
         batches = list(subject.batches(subject.rows()[: self.examples], self.batch))
         finding = Finding(kind=self.kind, title="Sharpness, straggler layers and the path", notes=[_NOTE])
-        report_path(finding, self.grid, measured(subject, model, base, tuned, suites, self.grid))
+        report_path(finding, self.grid, measured(subject, model, base, tuned, suites, self.grid, self.generate))
         layers = layers_of(model, self.layers)
         loss = task_loss(subject.task.view(model))
         scores = self._scores(finding, model, base, tuned, layers, loss, batches, subject)
@@ -237,7 +238,7 @@ class Stragglers(Analysis):
         for share in self.remedy.sparsity:
             block = {"kind": "sparsify", "layers": names, "sparsity": share, "target": self.remedy.target}
             thinned = dict(AXES["weights"].validate(block).apply(base, [tuned], None))
-            curves[share] = measured(subject, model, base, thinned, suites, self.grid)
+            curves[share] = measured(subject, model, base, thinned, suites, self.grid, self.generate)
 
         def best_of(share: float) -> float:
             judged = curves[share][self.remedy_on]

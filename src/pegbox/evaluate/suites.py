@@ -59,6 +59,11 @@ class Suite:
     def needs_generation(self) -> bool:
         return any(part.metric.needs_generation for part in self.parts)
 
+    def without_generation(self) -> Suite:
+        """The parts that need no answers drawn; itself where all do."""
+        quick = [part for part in self.parts if not part.metric.needs_generation]
+        return self if not quick or len(quick) == len(self.parts) else Suite(self.name, quick, self.version)
+
 
 def target(rows: Sequence[Any], metrics: Metric | Sequence[Metric], *, name: str = "target") -> Suite:
     """The test rows under one metric or several; the first one is the one that counts."""

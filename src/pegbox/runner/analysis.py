@@ -130,8 +130,9 @@ class LiveSubject:
     def define(self, suite: str, source: Any) -> None:
         self.measuring.define(suite, self._other(source))
 
-    def measure(self, model: nn.Module, suite: str) -> Measurement:
-        return self.measuring.measure(model, self._any().tokenizer, self.spec.recipe, suite)
+    def measure(self, model: nn.Module, suite: str, *, generating: bool = True) -> Measurement:
+        recipe = self.spec.recipe
+        return self.measuring.measure(model, self._any().tokenizer, recipe, suite, generating=generating)
 
     def _other(self, source: Any) -> RunData:
         given = source if isinstance(source, list) else [source]

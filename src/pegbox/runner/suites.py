@@ -118,13 +118,15 @@ class Suites:
 
     # ---- measuring
 
-    def measure(self, model: nn.Module, tokenizer: Any, recipe: Recipe, name: str) -> Measurement:
-        """Score `model` on the suite."""
+    def measure(
+        self, model: nn.Module, tokenizer: Any, recipe: Recipe, name: str, *, generating: bool = True
+    ) -> Measurement:
+        """Score `model` on the suite; without `generating`, by those of its metrics that draw no answers, if any."""
         if name.startswith("lm-eval:"):
             from pegbox.evaluate.bridge import lm_eval
 
             return lm_eval(model, tokenizer, name.partition(":")[2], batch_size=self.spec.evaluation.batch)
-        suite = self.suite(name)
+        suite = self.suite(name) if generating else self.suite(name).without_generation()
         task = recipe.task
         if not task.causal and any(type(p.metric).encoding == "scoring" for p in suite.parts):
             raise Unsupported(

@@ -76,7 +76,7 @@ class TinySubject:
         """Every suite is the same rows."""
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, suite: str) -> Measurement:
+    def measure(self, model: nn.Module, suite: str, *, generating: bool = True) -> Measurement:
         """The mean loss on the rows."""
         view, total = self.task.view(model.eval()), 0.0
         batches = list(self.batches(self.rows()))
