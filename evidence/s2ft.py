@@ -6,10 +6,10 @@ average; LoRA of equal count is measured beside it. E2 two adapters trained apar
 fused, lose less accuracy than two LoRAs of equal count that are summed. E3 replacing one adapter by another in a matrix
 (2048 x 2048, s = 64) takes less than half of what LoRA (rank 32) takes.
 
-A four-block Llama (D 64). E1: a domain is a permutation of 96 symbols followed with probability 0.9; B's is changed for
-half of the symbols and tuned on until its loss has come down by 70 % of the way to the source's entropy. E2: tables of
-keys and values to be learnt by heart. The rate of each method is chosen from the same three on a seed outside the
-report's: the least rise in E1, the best recall of a single adapter in E2.
+A four-block Llama (D 64). E1: a domain is a permutation of 96 symbols followed with probability 0.9; which of three it
+is has to be told from the symbols. After a short pretraining on all of them B is tuned on until its loss has come down
+by half of the way to the source's entropy. E2: tables of keys and values to be learnt by heart. The rate of each method
+is chosen from three on a seed outside the report's: the least rise in E1, the best recall of one adapter in E2.
 
     python evidence/s2ft.py [--seeds 3] [--out evidence/results/s2ft.json]
 """
@@ -39,7 +39,7 @@ SYMBOLS, DOMAINS, LENGTH, FOLLOWS = 96, 3, 16, 0.9
 MOST_STEPS = 300
 KEYS, VALUES, TABLE = 200, 40, 40
 RATES = {"full": (3e-4, 1e-3, 3e-3), "s2ft": (1e-3, 3e-3, 1e-2), "lora": (1e-3, 3e-3, 1e-2)}
-UNITS = {"d": 0.08}
+UNITS = {"d": 0.25}
 CHANNELS = 4 * 128
 
 
@@ -54,7 +54,7 @@ def small_llama(vocabulary: int, seed: int) -> LlamaForCausalLM:
 
 
 def tuned(base: nn.Module, method: str, seed: int, exclude: tuple[str, ...] = ()) -> Any:
-    """The base with a method attached: 40 channels of the down matrices, a LoRA on them of at most as many weights."""
+    """The base with a method attached: 128 channels of the down matrices, a LoRA on them of at most as many weights."""
     model: Any = copy.deepcopy(base)
     if method == "s2ft":
         return get_peft_model(
@@ -75,14 +75,11 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 
 
 class Domains:
-    """Sources of sequences [domain, s_1, s_2, ...]: 0 is A, 1 is B, 2 is C, 3 is the changed B."""
+    """Sources of sequences [start, s_1, s_2, ...]: 0 is A, 1 is B, 2 is C."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
         self.next = [torch.randperm(SYMBOLS, generator=self.generator) for _ in range(DOMAINS)]
-        changed, some = self.next[1].clone(), torch.randperm(SYMBOLS, generator=self.generator)[: SYMBOLS // 2]
-        changed[some] = changed[some.roll(1)]
-        self.next.append(changed)
 
     def rows(self, domain: int, count: int) -> Tensor:
         """(count, LENGTH) ids."""
@@ -91,8 +88,7 @@ class Domains:
             stray = torch.randint(SYMBOLS, (count,), generator=self.generator)
             follows = torch.rand(count, generator=self.generator) < FOLLOWS
             symbols.append(torch.where(follows, self.next[domain][symbols[-1]], stray))
-        tag = torch.full((count,), SYMBOLS + (1 if domain == 3 else domain))
-        return torch.stack([tag, *symbols], dim=1)
+        return torch.stack([torch.full((count,), SYMBOLS), *symbols], dim=1)
 
 
 def domain_loss(model: Any, ids: Tensor) -> Tensor:
@@ -113,9 +109,9 @@ def floor_of_loss() -> float:
 
 
 def pretrained_on_domains(domains: Domains, seed: int) -> nn.Module:
-    model = small_llama(SYMBOLS + DOMAINS, seed)
+    model = small_llama(SYMBOLS + 1, seed)
     optimizer = optimizer_of(model, 3e-3)
-    for _ in range(300):
+    for _ in range(250):
         ids = torch.cat([domains.rows(d, 16) for d in range(DOMAINS)])
         optimizer.zero_grad()
         domain_loss(model, ids).backward()
@@ -124,16 +120,16 @@ def pretrained_on_domains(domains: Domains, seed: int) -> nn.Module:
 
 
 def tune_to(model: Any, domains: Domains, tests: dict[int, Tensor], target: float, rate: float) -> dict[str, float]:
-    """Tune on the changed B until its loss meets the target; the losses then. The last step is halved to meet it."""
+    """Tune on the B until its loss meets the target; the losses then. The last step is halved to meet it."""
     optimizer = optimizer_of(model, rate)
     for step in range(1, MOST_STEPS + 1):
         kept = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         optimizer.zero_grad()
-        domain_loss(model, domains.rows(3, 32)).backward()
+        domain_loss(model, domains.rows(1, 32)).backward()
         optimizer.step()
-        if measured(model, tests[3]) <= target:
+        if measured(model, tests[1]) <= target:
             return {"steps": step, **_met(model, kept, tests, target)}
-    return {"steps": step, "b": measured(model, tests[3]), "a": math.inf, "c": math.inf}
+    return {"steps": step, "b": measured(model, tests[1]), "a": math.inf, "c": math.inf}
 
 
 @torch.no_grad()
@@ -146,18 +142,18 @@ def _met(model: Any, kept: list[Tensor], tests: dict[int, Tensor], target: float
         middle = (low + high) / 2
         for p, before, after in zip(trained, kept, last, strict=True):
             p.copy_(torch.lerp(before, after, middle))
-        low, high = (low, middle) if measured(model, tests[3]) <= target else (middle, high)
-    return {"b": measured(model, tests[3]), "a": measured(model, tests[0]), "c": measured(model, tests[2])}
+        low, high = (low, middle) if measured(model, tests[1]) <= target else (middle, high)
+    return {"b": measured(model, tests[1]), "a": measured(model, tests[0]), "c": measured(model, tests[2])}
 
 
 def forgetting(seed: int, rates: dict[str, tuple[float, ...]]) -> dict[str, Any]:
     """Per method and rate: B's loss, the rise on A and C, steps."""
     domains = Domains(seed)
     base = pretrained_on_domains(domains, seed)
-    tests = {d: domains.rows(d, 64) for d in (0, 2, 3)}
+    tests = {d: domains.rows(d, 64) for d in range(DOMAINS)}
     start = {d: measured(base, ids) for d, ids in tests.items()}
-    target = start[3] - 0.7 * (start[3] - floor_of_loss())
-    found: dict[str, Any] = {"start_b": start[3], "target": target}
+    target = start[1] - 0.5 * (start[1] - floor_of_loss())
+    found: dict[str, Any] = {"start_b": start[1], "target": target}
     for method, several in rates.items():
         found[method] = {}
         for rate in several:
@@ -204,7 +200,7 @@ def fused_slices(base: nn.Module, tables: Tables, seed: int, rate: float) -> dic
     with tempfile.TemporaryDirectory() as folder:
         for task in (1, 2):
             model = tuned(base, "s2ft", seed + task, exclude=(folder,) if task == 2 else ())
-            fit(model, tables, task, 120, rate)
+            fit(model, tables, task, 240, rate)
             own.append(recall(model, tables, task))
             adapters.append(export_slices(model))
             model.save_pretrained(folder)
@@ -217,7 +213,7 @@ def summed_loras(base: nn.Module, tables: Tables, seed: int, rate: float) -> dic
     own, both = [], copy.deepcopy(base)
     for task in (1, 2):
         model = tuned(base, "lora", seed + task)
-        fit(model, tables, task, 120, rate)
+        fit(model, tables, task, 240, rate)
         own.append(recall(model, tables, task))
         merged = model.merge_and_unload().state_dict()
         with torch.no_grad():
@@ -318,7 +314,7 @@ def main() -> None:
         {
             "claim": "A few trained channels learn a domain with less forgetting; adapters of disjoint units fuse.",
             "baseline": "full fine-tuning to the same loss; LoRA of equal count on the same matrices",
-            "method": "8 % of the channels, columns of the down matrices, drawn at random",
+            "method": "a quarter of the channels, columns of the down matrices, drawn at random",
             "seeds": list(runs),
             "chosen": chosen,
             "results": runs,
