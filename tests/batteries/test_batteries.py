@@ -9,7 +9,8 @@ from pegbox.decode.base import DECODE
 from pegbox.errors import Unsupported
 from pegbox.objectives.base import OBJECTIVE
 from pegbox.optim.base import OPTIM
-from pegbox.parts.allocation import Allocation, Entries, Units, Whole
+from pegbox.parts.allocation import Allocation, Entries, PerTensor, Units, Whole
+from pegbox.parts.anatomy import Anatomy
 from pegbox.prepare.base import PREPARE
 from pegbox.select.base import SELECT
 from pegbox.testing import (
@@ -80,6 +81,24 @@ class TestPerNeuronAnywhere(battery(SelectorBattery, {"kind": "per_neuron", "cri
     pass
 
 
+class TestSensitivity(battery(SelectorBattery, {"kind": "sensitivity", "rank": 2, "tolerance": 0.5})):
+    def stats(self, model):
+        import pegbox
+        from pegbox.testing import tiny_batch
+
+        def loss(m, b):
+            return m(**{k: b[k] for k in ("input_ids", "attention_mask", "labels")}).loss
+
+        return pegbox.collect(model, self.make().statistics(), [tiny_batch()], loss=loss)
+
+    def test_count_from_shapes_is_the_count(self):
+        """From shapes alone only the budget is known; what is reached lies within the tolerance of it."""
+        model, allocation = self.allocate()
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        wanted = sum(self.make().count(Anatomy.of(model), shapes).values())
+        assert abs(sum(allocation.trained(shapes).values()) - wanted) <= 0.5 * wanted
+
+
 class TestHalf(battery(SelectorBattery, {"kind": "half"})):
     pass
 
@@ -108,6 +127,10 @@ class TestKnapsack(battery(SelectorBattery, {"kind": "knapsack", "rho": 0.6, "im
     def test_count_from_shapes_is_the_count(self):
         with pytest.raises(Unsupported):
             super().test_count_from_shapes_is_the_count()
+
+
+class TestSmallest(battery(SelectorBattery, {"kind": "smallest", "density": 0.1})):
+    pass
 
 
 class TestWhole(battery(SelectorBattery, {"kind": "whole"})):
@@ -144,6 +167,22 @@ class TestSparseBypass(battery(TunerBattery, {"kind": "sparse", "execution": "by
 
 
 class TestSparseLean(battery(TunerBattery, {"kind": "sparse", "execution": "lean"}, allocation=entries())):
+    pass
+
+
+class TestSparseSites(
+    battery(
+        TunerBattery,
+        {"kind": "sparse"},
+        allocation=Allocation(
+            {
+                "model.layers.0.mlp.up_proj.weight": PerTensor("tuner", {"sites": [{"kind": "lora", "r": 2}]}),
+                "model.layers.1.mlp.up_proj.weight": Entries(torch.arange(0, 60, 3, dtype=torch.int32)),
+                "model.norm.weight": Whole(),
+            }
+        ),
+    )
+):
     pass
 
 
@@ -195,6 +234,12 @@ class TestAsft(battery(ObjectiveBattery, {"kind": "asft", "mode": "asft", "lam":
 
 class TestKlTerm(
     battery(ObjectiveBattery, {"token": {"kind": "sft"}, "terms": [{"kind": "kl_to_reference", "weight": 0.1}]})
+):
+    pass
+
+
+class TestNuclearNorm(
+    battery(ObjectiveBattery, {"token": {"kind": "sft"}, "terms": [{"kind": "nuclear_norm", "min_side": 8}]})
 ):
     pass
 
