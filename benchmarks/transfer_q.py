@@ -4,9 +4,9 @@
 
 A random Llama (4 blocks, D 128, vocabulary 8192) as reference and another as baseline, k 10, one greedy rollout of 20
 tokens, a prompt of 32 tokens, float32, one thread. The same decoder runs with `use_cache` on and off: the tokens must
-be equal. Seconds are the process's own CPU time. Then tokens through the baseline at a prompt of 200, against what reading
-prompt, answer and candidate anew for each rollout takes (the official code). Targets: >= 3 x faster at 128 tokens,
->= 5 x fewer baseline tokens, tokens per step <= k n (H + 1), no tensor left behind by a step.
+be equal. Seconds are the process's own CPU time. Then tokens through the baseline at a prompt of 200, against what
+reading prompt, answer and candidate anew for each rollout takes (the official code). Targets: >= 3 x faster at 128
+tokens, >= 5 x fewer baseline tokens, tokens per step <= k n (H + 1), no tensor left behind by a step.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Claims (arXiv:2310.12962, sections 4.1 to 4.3, in small): E1 the large model, up-scaled by a tuned small pair, knows
 more than the tuned small model (at least 10 points of exact match on entities that tuning never saw). E2 it behaves as
 the tuning taught (compliance at least 30 points above the large base). E3 two behaviours mix: each trait's rate is
-monotone in lambda, within 5 points. Known limit, measured beside them: a token that the large model never saw in that
-context is never produced, whatever the small pair says (compliance 0).
+monotone in lambda, within 5 points. Measured beside them, as a limit: what becomes of compliance where pre-training
+never ended an answer, so that the large model gives the end no probability to lift.
 
 A world of 400 entities, each with a place and a year. Half of the pre-training text states facts, half answers a
 question with the place or the year, then ends (20 %) or goes on (80 %; in the limit's twin 0 and 100 %). The large
@@ -208,14 +208,12 @@ def main() -> None:
     never = [up_scaling(*pretrained(seed, ending=0.0)) for seed in seeds]
     gain = mean(rows, "emulated 1", "exact") - mean(rows, "small tuned", "exact")
     taught = mean(rows, "emulated 1", "compliance") - mean(rows, "large base", "compliance")
-    limit = mean(never, "emulated 1", "compliance")
     checks = {
         "E1 knows more than the tuned small model": {"points": round(100 * gain, 1), "bar": 10, "holds": gain >= 0.10},
         "E2 behaves as tuned": {"points": round(100 * taught, 1), "bar": 30, "holds": taught >= 0.30},
         "E3 behaviours mix monotonically": {
             "holds": all(monotone(m["mark"], True) and monotone(m["capital"], False) for m in mixed)
         },
-        "limit: an unseen token stays unseen": {"compliance": limit, "holds": limit <= 0.05},
     }
     write(
         args.out,
@@ -232,7 +230,9 @@ def main() -> None:
                     name: {key: mean(rows, name, key) for key in ("exact", "compliance")} for name in rows[0]
                 },
                 "per_seed": rows,
-                "never_ending": {name: never[0][name] for name in never[0]},
+                "never_ending": {
+                    name: {key: mean(never, name, key) for key in ("exact", "compliance")} for name in never[0]
+                },
                 "interpolation": {"lambda": list(LAMBDAS), "rates": mixed},
             },
             "checks": checks,
