@@ -90,6 +90,29 @@ def test_reordering_keeps_the_function_and_undoes_bit_for_bit(name):
     assert reordering_of(model) is None
 
 
+def in_float64(name):
+    """The same model in float64 throughout: transformers' own RMS norms compute in float32."""
+    model = shaken(name).double()
+    for layer in getattr(getattr(model, "model", None), "layers", []):
+        for key in ("input_layernorm", "post_attention_layernorm"):
+            norm = torch.nn.RMSNorm(32, eps=1e-6).double()
+            norm.weight = getattr(layer, key).weight
+            setattr(layer, key, norm)
+    if hasattr(model, "lm_head") and hasattr(model, "model"):
+        model.model.norm = torch.nn.RMSNorm(32, eps=1e-6).double()
+    return model
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "one key-value head each", "biases", "Conv1D, fused qkv, no gate"])
+@torch.no_grad()
+def test_reordering_in_float64_is_exact_to_rounding(name):
+    """Logits change by < 1e-12 in fp64, with and without bias, with and without grouped queries."""
+    model = in_float64(name)
+    before = answer(model)
+    reorder(model, random_orders(structures(Anatomy.of(model))))
+    assert float((answer(model) - before).abs().max()) < 1e-12
+
+
 def test_what_units_own():
     found = structures(Anatomy.of(tiny_llama(attention_bias=True)))
     assert [(s.kind, s.units, s.groups) for s in found] == [("heads", 4, 2), ("channels", 64, 64)] * 2
