@@ -3,7 +3,8 @@
     python benchmarks/spt.py [--layers 6] [--repeats 5] [--scores 86000000]
 
 Blocks of SmolLM2-135M's shape, float32, one thread. Stage 1 is compared with as many forward and backward passes of
-full fine-tuning; a step of single weights with one of LoRA of rank 8 and as many weights. Medians of CPU seconds, in turns.
+full fine-tuning; a step of single weights with one of LoRA of rank 8 and as many weights. Medians of CPU seconds, in
+turns.
 Targets: stage 1 <= 1.2 of plain passes; a step <= 1.3 of LoRA's; 16 bytes per single weight beside its index;
 allotting 86 M scores <= 10 s.
 """

@@ -14,7 +14,7 @@ which names, is the caller's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ from pegbox.errors import BadInput
 __all__ = ["Site", "Split", "allot", "grid", "module_cost", "nearest", "ranked", "split_at", "totals"]
 
 _SAMPLE = 1 << 19
+Finder = Callable[[Tensor, Tensor], Tensor]  # (tensor numbers, positions) -> site numbers
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _check(alpha: float, beta: float, tau: int | None, budget: int | None, whole
         raise BadInput(f"The budget must lie between 1 and the {whole + extra} weights that may train, got {wanted}.")
 
 
-def _site_finder(scores: Mapping[str, Tensor], sites: Sequence[Site], site_of: Mapping[str, Tensor] | None):  # type: ignore[no-untyped-def]
+def _site_finder(scores: Mapping[str, Tensor], sites: Sequence[Site], site_of: Mapping[str, Tensor] | None) -> Finder:
     """(tensor numbers, positions) -> site numbers."""
     alone = {s.tensor: at for at, s in enumerate(sites)}
     parted = {at: (site_of or {})[n] for at, n in enumerate(scores) if n in (site_of or {})}
@@ -205,7 +206,7 @@ def _site_finder(scores: Mapping[str, Tensor], sites: Sequence[Site], site_of: M
 def _search(
     scores: Mapping[str, Tensor],
     sites: Sequence[Site],
-    place,  # type: ignore[no-untyped-def]
+    place: Finder,
     alpha: float,
     beta: float,
     extra: int,

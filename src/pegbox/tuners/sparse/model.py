@@ -250,7 +250,7 @@ def _site_key(key: str, tensor: Tensor, bare: Mapping[str, tuple[str, SparseLaye
     """The place of a saved tensor of a module beside a matrix. Raises `Corrupt`."""
     head, _, rest = key.partition(".sparse_sites.")
     place = bare.get(head.removeprefix("base_model.model."))
-    sites = place[1].sparse_sites if place is not None else {}
+    sites: Any = place[1].sparse_sites if place is not None else {}
     own = dict(sites[adapter].named_parameters()) if adapter in sites else {}
     if place is None or rest not in own or own[rest].shape != tensor.shape:
         raise Corrupt(f"The adapter's tensor '{key}' {list(tensor.shape)} has no place in this model.")

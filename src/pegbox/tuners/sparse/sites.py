@@ -28,6 +28,8 @@ _OPTIONS = {"kind", "r", "dropout", "drop_path", "rows", "biases", "shape", "sca
 class _Site(nn.Module):
     """What both kinds share: the rows they act on, dropout, and a share of samples that is left alone."""
 
+    rows: Tensor | None
+
     def __init__(self, rows: list[list[int]] | None, dropout: float, drop_path: float, channels: int):
         super().__init__()
         self.dropout, self.drop_path, self.channels = dropout, drop_path, channels
@@ -63,7 +65,9 @@ class LowRank(_Site):
         self.scale, std = float(options.get("scale", 1.0)), options.get("std")
         if not self.A.is_meta:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5)) if std is None else nn.init.normal_(self.A, std=std)
-        self._conv = (base.stride, base.padding, base.dilation, base.weight.shape[1:]) if conv else None  # type: ignore[union-attr]
+        self._conv: tuple[Any, Any, Any, torch.Size] | None = None
+        if isinstance(base, nn.Conv2d):
+            self._conv = base.stride, base.padding, base.dilation, base.weight.shape[1:]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
@@ -97,11 +101,8 @@ class Bottleneck(_Site):
             raise Unsupported("an adapter site stands behind a linear layer; give a convolution a low-rank one.")
         super().__init__(options.get("rows"), options.get("dropout", 0.0), options.get("drop_path", 0.0), -1)
         count = _sizes(facts)[0] if self.rows is None else self.rows.numel()
-        rank, biases, where = (
-            int(options["r"]),
-            bool(options.get("biases", True)),
-            {"dtype": dtype, "device": facts.device},
-        )
+        rank, biases = int(options["r"]), bool(options.get("biases", True))
+        where: dict[str, Any] = {"dtype": dtype, "device": facts.device}
         self.D = nn.Parameter(torch.empty(rank, count, **where))
         self.U = nn.Parameter(torch.zeros(count, rank, **where))
         self.d = nn.Parameter(torch.zeros(rank, **where)) if biases else None
