@@ -12,6 +12,7 @@ COMMON = {"steps": 2, "batch": 2, "micro_batch": 2, "max_length": 400, "suites":
 SMALL = {
     "corda": ["prepare.0.rank=4", "tuner.r=4", "tuner.lora_alpha=4"],
     "lift": ["select.filter_rank=4"],
+    "sara": ["objective.terms.0.min_side=8"],
     "spiel": ["select.budget.density=0.05", "select.schedule.every=2", "select.schedule.accumulate=1"],
     "grpo": ["objective.num_generations=2", "objective.max_completion_length=4"],
     "lora": ["tuner.r=4"],

@@ -227,7 +227,7 @@ def test_optimizers_that_do_not_keep_what_growth_reads(growth, optim, word):
 def held(**options):
     index = everything(3)
     fields = {"name": "w", "shape": (3, 2), "index": index, "values": torch.rand(3), "tuned": lambda: torch.zeros(3, 2)}
-    return Held(**{**fields, "change": lambda: torch.rand(3), **options})
+    return Held(**{**fields, "absolute": False, "reference": lambda: torch.rand(3), **options})
 
 
 def test_what_a_move_needs_at_run_time():

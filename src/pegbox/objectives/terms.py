@@ -3,6 +3,7 @@
     kl_to_reference   lam * KL(reference || policy), its reverse, or the k3 estimate, per token
     l1_to_start       lam / N * sum |w - w0|, once per optimizer step; LT-SFT (arXiv:2110.07560, section 3.2)
     l2_to_start       lam * sum (w - w0)^2, once per optimizer step; the soft form of HFT (arXiv:2404.18466, section 4)
+    nuclear_norm      lam * sum of the singular values of one trained matrix per step; SaRA (arXiv:2409.06633)
 
 Token terms act per token, inside the tile that holds its logits. Weight terms act on parameters; the objective divides
 them by the number of micro-batches of a step, so that they don't depend on accumulation.
@@ -12,21 +13,35 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from pegbox.errors import BadInput
 from pegbox.objectives.references import Reference, ReferenceDtype, reference_of
 from pegbox.parts.component import Axis, Component
-from pegbox.parts.context import Context
-from pegbox.parts.penalties import l1_distance, l2_distance
+from pegbox.parts.context import Context, seed_of
+from pegbox.parts.indexsets import matrix_shape
+from pegbox.parts.parameterinfo import info_of
+from pegbox.parts.penalties import l1_distance, l2_distance, nuclear_norm
 from pegbox.parts.tokens import Scores, k3
 from pegbox.parts.view import Batch, ModelView
 
-__all__ = ["TERM", "KLToReference", "L1ToStart", "L2ToStart", "Starts", "Term", "TokenTerm", "WeightTerm"]
+__all__ = [
+    "TERM",
+    "KLToReference",
+    "L1ToStart",
+    "L2ToStart",
+    "NuclearNorm",
+    "Starts",
+    "Term",
+    "TokenTerm",
+    "WeightTerm",
+    "matrix_of",
+]
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -198,3 +213,112 @@ class L2ToStart(WeightTerm):
 
     def penalty(self, state: Any, model: nn.Module) -> Tensor:
         return l2_distance(*_pairs(state, model)) * self.weight
+
+
+@dataclass
+class NuclearState:
+    """When and where randomness comes from; the decomposition of the running step, which its micro-batches share."""
+
+    ctx: Context
+    last: tuple[Any, ...] = ()
+    norms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing outlives a step."""
+
+
+@TERM.register
+class NuclearNorm(WeightTerm):
+    """lam * (sum of the singular values) of what trains of a matrix, zeros where nothing trains.
+
+    Its gradient at the trained entries is lam * U V^T there. It draws updates of scattered entries towards low rank.
+
+    Args:
+        weight: lambda.
+        of: "weights" as they are at the trained entries (the paper), or their "change" from the pretrained ones.
+        matrices: "one" of the eligible, drawn anew for every step, or "all" of them.
+        min_side: a matrix is eligible if its shorter side is longer than this.
+        conv: take convolutions as matrices (out, rest), or not at all.
+        every: only at every n-th step; each costs a singular value decomposition.
+    """
+
+    kind: Literal["nuclear_norm"] = "nuclear_norm"
+    reproduces: ClassVar[str] = "arXiv:2409.06633"
+    weight: Weight = 5e-4
+    of: Literal["weights", "change"] = "weights"
+    matrices: Literal["one", "all"] = "one"
+    min_side: Annotated[int, Field(ge=0)] = 64
+    conv: Literal["exclude", "flatten"] = "exclude"
+    every: Annotated[int, Field(ge=1)] = 1
+
+    def setup(self, ctx: Context) -> NuclearState:
+        self._eligible(ctx.model)
+        return NuclearState(ctx)
+
+    def penalty(self, state: NuclearState, model: nn.Module) -> Tensor:
+        step = state.ctx.step()
+        chosen = self._eligible(model)
+        if step % self.every:
+            return next(iter(chosen.values())).new_zeros(())
+        if self.matrices == "one":
+            names = sorted(chosen)
+            draw = torch.Generator().manual_seed(seed_of(state.ctx.seed, "nuclear_norm", step))
+            name = names[int(torch.randint(len(names), (), generator=draw))]
+            chosen = {name: chosen[name]}
+        key = (step, *(x for p in chosen.values() for x in (id(p), p._version, _writes(p))))
+        if key != state.last:
+            state.last, state.norms = key, [self._norm(p) for p in chosen.values()]
+        total = sum(
+            value.to(p) + (slope.to(p) * (p - p.detach())).sum()  # the value, with this gradient
+            for p, (value, slope) in zip(chosen.values(), state.norms, strict=True)
+        )
+        return total * self.weight  # type: ignore[return-value]
+
+    def _norm(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm, and a subgradient of it in the shape of the parameter."""
+        value, slope = nuclear_norm(matrix_of(p, self.of))
+        info = info_of(p)
+        return value, slope.view(p.shape) if info is None else slope.reshape(-1)[info.index().long()]
+
+    def _eligible(self, model: nn.Module) -> dict[str, Tensor]:
+        found = {}
+        for name, p in model.named_parameters():
+            info = info_of(p)
+            shape = tuple(p.shape) if info is None else info.shape
+            flat = len(shape) == 2 or (len(shape) > 2 and self.conv == "flatten")
+            if p.requires_grad and p.numel() and flat and min(matrix_shape(shape)) > self.min_side:
+                if info is None and self.of == "change":
+                    raise BadInput(
+                        f"objective.terms: nuclear_norm of the change needs differences, and '{name}' trains as it is."
+                        " Use of: weights."
+                    )
+                found[name] = p
+        if not found:
+            raise BadInput(
+                f"objective.terms: nuclear_norm finds no trained matrix with both sides above {self.min_side}. Lower"
+                " min_side, or set conv: flatten."
+            )
+        return found
+
+
+def matrix_of(p: Tensor, of: str = "weights") -> Tensor:
+    """A trained parameter as a matrix (m, n): a sparse tuner's values at their entries, zeros elsewhere."""
+    info = info_of(p)
+    if info is None:
+        return p.detach().reshape(matrix_shape(tuple(p.shape)))
+    values = p.detach()
+    if of == "weights" and info.coordinates == "delta":
+        values = values + info.reference()
+    if of == "change" and info.coordinates == "absolute":
+        values = values - info.reference()
+    shape = matrix_shape(info.shape)
+    flat = torch.zeros(shape[0] * shape[1], dtype=values.dtype, device=values.device)
+    return flat.index_put_((info.index().long(),), values).view(shape)
+
+
+def _writes(p: Tensor) -> int:
+    info = info_of(p)
+    return -1 if info is None else info.writes

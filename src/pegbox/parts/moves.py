@@ -28,7 +28,8 @@ class Held:
     Args:
         name, shape: of the tensor in the bare base.
         index, values: (k,) sorted flat positions and what trains there.
-        change: () -> (k,) how far each trained weight is from the pretrained one.
+        absolute: whether a value is the weight itself, or its difference from the pretrained one.
+        reference: () -> (k,) the pretrained weights, in the values' dtype.
         tuned: () -> the tensor as it is now, to read only.
         state: the optimizer's state of the values by name, live ({} before its first step or without one).
         watched: gradients seen since watching began, if they were watched.
@@ -38,10 +39,19 @@ class Held:
     shape: tuple[int, ...]
     index: Tensor
     values: Tensor
-    change: Callable[[], Tensor]
+    absolute: bool
+    reference: Callable[[], Tensor]
     tuned: Callable[[], Tensor]
     state: Mapping[str, Any] = field(default_factory=dict)
     watched: Watch | None = None
+
+    def change(self) -> Tensor:
+        """(k,) how far each trained weight is from the pretrained one."""
+        return self.values - self.reference() if self.absolute else self.values
+
+    def weights(self) -> Tensor:
+        """(k,) the trained weights of now, unrounded."""
+        return self.values if self.absolute else self.reference() + self.values
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,13 @@ class Relocation:
         leave: what becomes of entries that leave: "keep" what they have reached, or "revert" to the pretrained weight.
             Entries that enter under "revert" start from the pretrained weight.
         seeds: where the optimizer's moments of entering entries start; None: at zero.
+        reset: forget the optimizer's state of all entries of the tensor, step count included.
     """
 
     index: Tensor
     leave: Literal["keep", "revert"] = "keep"
     seeds: Seeds | None = None
+    reset: bool = False
 
 
 def replaced(index: Tensor, dropped: Tensor, grown: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Penalties that pull weights towards where they started, with closed-form gradients and no saved tensors.
+"""Penalties on weights with closed-form gradients: towards where they started, and towards low rank.
 
     l1 = sum |w - w0|      gradient sign(w - w0), 0 where w = w0
     l2 = sum (w - w0)^2    gradient 2 (w - w0)
+    nuclear norm of a matrix = sum of its singular values    gradient U V^T over the singular values that are not 0
 
 The start is a constant: without that the gradient of |w - start(w)| is sign - sign = 0. Weights and starts are given as
 lists, so one penalty covers a whole model and its sum is taken in float32 or wider.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["l1_distance", "l2_distance"]
+__all__ = ["l1_distance", "l2_distance", "nuclear_norm"]
 
 
 class _Distance(torch.autograd.Function):
@@ -53,3 +54,16 @@ def l1_distance(weights: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
 def l2_distance(weights: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
     """Sum of (w - w0)^2 over all tensors; scalar."""
     return _Distance.apply(2, starts, *weights)
+
+
+@torch.no_grad()
+def nuclear_norm(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the singular values, a subgradient U_r V_r^T of the matrix's shape) of a matrix (m, n).
+
+    r counts the singular values above max(m, n) eps times the largest; autograd's own derivative is not finite where
+    some are 0 or equal. float32 or wider.
+    """
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    kept = s > (s[0] if s.numel() else 0.0) * max(matrix.shape) * torch.finfo(s.dtype).eps
+    return s.sum(), u[:, kept] @ vh[kept]

@@ -2,6 +2,7 @@
 
 from pegbox.select import (
     change,
+    decomposed,
     half,
     knapsack,
     low_rank_magnitude,
@@ -10,6 +11,7 @@ from pegbox.select import (
     random,
     regrow,
     sensitivity,
+    smallest,
     units,
     whole,
 )
@@ -20,6 +22,7 @@ __all__ = [
     "Schedule",
     "Selector",
     "change",
+    "decomposed",
     "half",
     "knapsack",
     "low_rank_magnitude",
@@ -28,6 +31,7 @@ __all__ = [
     "random",
     "regrow",
     "sensitivity",
+    "smallest",
     "units",
     "whole",
 ]

@@ -14,6 +14,7 @@ the tuner does.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -59,6 +60,10 @@ class RegrowSchedule(BaseModel):
                 f"select.schedule.every is {self.every}, and gathering takes {self.accumulate} updates of it"
                 " (select.schedule.accumulate). Make the period longer than that."
             )
+        return self
+
+    def in_steps(self, steps_per_epoch: float) -> RegrowSchedule:
+        """It counts updates already."""
         return self
 
     @property
@@ -144,6 +149,14 @@ class Regrow(Selector):
         return self.budget.count or self.budget.entries(shapes.values())
 
     # ---- the moves
+
+    def begin(self, total: int) -> None:
+        if self.schedule.moves and not any(self.due(step, total) for step in range(total)):
+            warnings.warn(
+                f"{total} updates are too few for select.schedule (the first event comes after"
+                f" {self.schedule.accumulate}): the entries stay where they were drawn.",
+                stacklevel=2,
+            )
 
     def due(self, step: int, total: int) -> bool:
         every = self.schedule.every

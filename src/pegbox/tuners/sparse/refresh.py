@@ -24,7 +24,7 @@ from pegbox.parts.allocation import Allocation, Entries
 from pegbox.parts.context import seed_of
 from pegbox.parts.indexsets import intersect, locate
 from pegbox.parts.moves import Held, Relocation
-from pegbox.parts.optimstate import owner_of, remap, replace, seed_moments
+from pegbox.parts.optimstate import drop, owner_of, remap, replace, seed_moments
 from pegbox.parts.watching import Watch
 from pegbox.tuners.sparse.config import SparseConfig, select_component
 from pegbox.tuners.sparse.execution import base_facts
@@ -32,7 +32,6 @@ from pegbox.tuners.sparse.in_place import is_sharded
 from pegbox.tuners.sparse.layer import TENSORS, SparseLayer
 from pegbox.tuners.sparse.model import sparse_layers
 from pegbox.tuners.sparse.products import operation_of
-from pegbox.tuners.sparse.slots import difference_of
 
 __all__ = ["MaskRefresh", "Refreshed", "callbacks_for", "read_index", "refresh", "start_watching", "stop_watching"]
 
@@ -103,9 +102,8 @@ def _held(name: str, layer: SparseLayer, tensor: str, adapter: str, owner: torch
         shape=layer.shape_of(tensor),
         index=slot.index,
         values=values,
-        change=lambda: (
-            difference_of(layer.reference_values(adapter, tensor), values, True) if slot.absolute else values
-        ),
+        absolute=slot.absolute,
+        reference=partial(layer.reference_values, adapter, tensor),
         tuned=partial(layer.tuned, tensor),
         state={} if owner is None else owner.state.get(slot.values, {}),
         watched=layer.watches.get((adapter, tensor)),
@@ -119,6 +117,9 @@ def _carry_out(
     if owner is None:
         return
     replace(owner, old, values)
+    if move.reset:
+        drop(owner, values)
+        return
     remap(owner, values, source, old.shape)
     if move.seeds is not None and move.seeds.index.numel():
         at = locate(move.seeds.index, layer.slot(adapter, tensor).index)
@@ -148,6 +149,7 @@ class MaskRefresh:
 
     def begin(self, step: int, model: nn.Module) -> None:
         """Called before the first update of this process; only a training's very first begins to watch here."""
+        self.selector.begin(self.total())
         if step == 0 and self.selector.watches(0, self.total()):
             start_watching(model, self.adapter)
 

@@ -88,7 +88,7 @@ class SparseTuner(Tuner):
 
     def schedules(self, selector: Any, ctx: Context) -> list[Any]:
         schedule = getattr(selector, "schedule", None)
-        if schedule is None or schedule.every is None:
+        if schedule is None or not (schedule.moves or getattr(schedule, "every", None)):
             return []
         from pegbox.tuners.sparse.refresh import MaskRefresh
 
