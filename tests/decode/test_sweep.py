@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from decode.casts import cast, emulated, prompts, tokenizer
 
+from decode.casts import cast, emulated, prompts, tokenizer
 from pegbox.decode.prompts import frame, padded
 from pegbox.decode.sweep import Point, behaviour_sweep, draw_frontier, pareto
 from pegbox.decode.view import DecodedView
