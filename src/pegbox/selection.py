@@ -9,7 +9,7 @@ from typing import Any
 
 from pegbox.errors import BadInput
 
-__all__ = ["by_place", "show_selection", "table"]
+__all__ = ["by_place", "draw", "show_selection", "table"]
 
 BAR = 24  # characters of the longest bar
 
@@ -56,6 +56,7 @@ def by_place(allocation: Any, model: Any) -> dict[str, Any]:
 def _placed(counts: Mapping[str, float], anatomy: Any) -> dict[str, Any]:
     """Sums by the operation's name, by block, and outside blocks."""
     operations: dict[str, float] = defaultdict(int)
+    grid: dict[str, dict[int, float]] = {}
     blocks: dict[int, float] = defaultdict(int)
     outside: float = 0
     for name, count in counts.items():
@@ -66,8 +67,10 @@ def _placed(counts: Mapping[str, float], anatomy: Any) -> dict[str, Any]:
             outside += count
         else:
             blocks[place[1]] += count
+            row = grid.setdefault(parts[-1], {})
+            row[place[1]] = row.get(place[1], 0) + count
     by_operation = dict(sorted(operations.items(), key=lambda item: -item[1]))
-    return {"by_operation": by_operation, "by_block": dict(sorted(blocks.items())), "outside": outside}
+    return {"by_operation": by_operation, "by_block": dict(sorted(blocks.items())), "outside": outside, "grid": grid}
 
 
 def _flops(facts: Mapping[str, Any], anatomy: Any) -> dict[str, Any]:
@@ -102,6 +105,26 @@ def table(found: dict[str, Any]) -> Any:
         parts.append(_grid("where they go", flops["parts"]))
         parts += _bars(flops, "gradients of weights, ")
     return Group(*parts)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The counts as a picture, operations by blocks; its form follows from the file's ending (png, svg, pdf)."""
+    from matplotlib.figure import Figure
+
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"--picture {path}: give a file that ends in .png, .svg or .pdf.")
+    names = [name for name in found["by_operation"] if name in found["grid"]]
+    blocks = list(found["by_block"])
+    figure = Figure(figsize=(2 + 0.25 * len(blocks), 1 + 0.3 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    values = [[found["grid"][name].get(block, 0) for block in blocks] for name in names]
+    image = axes.imshow(values or [[0]], aspect="auto", cmap="Blues", vmin=0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(blocks)), [str(block) for block in blocks], fontsize=7)
+    axes.set_xlabel("block")
+    axes.set_title(f"{found['trained']:,} of {found['total']:,} weights train", fontsize=9)
+    figure.colorbar(image, ax=axes, label="trained weights")
+    figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _bars(found: dict[str, Any], of: str = "") -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,12 +22,17 @@ def select(
     model: o.ModelOption = None,
     data: o.DataOption = None,
     plugin: o.PluginOption = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw operations by blocks into this file (png, svg, pdf).")
+    ] = None,
     json: o.JsonOption = False,
 ) -> None:
     """Make a recipe's selection on a model and show it by depth and by operation."""
-    from pegbox.selection import show_selection, table
+    from pegbox.selection import draw, show_selection, table
 
     found = show_selection(recipe, model=model, data=data, overrides=overrides or (), plugins=plugin or ())
+    if picture is not None:
+        draw(found, picture)
     if json:
         o.emit(found)
     else:
