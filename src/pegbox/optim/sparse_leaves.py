@@ -339,7 +339,7 @@ def _leaves(named: Mapping[str, nn.Parameter], chosen: Mapping[str, Tensor]) -> 
         base = p.detach().reshape(-1)[index.long()]
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         nothing, none = index[:0], base[:0]
-        leaves[name] = Leaf(name, p, index, base, nn.Parameter(base.to(wide)), nothing, none.to(wide), none)
+        leaves[name] = Leaf(name, p, index, base, nn.Parameter(base.to(wide, copy=True)), nothing, none.to(wide), none)
         p.requires_grad_(True)
         setattr(p, _OWNED, True)
     if not leaves:
