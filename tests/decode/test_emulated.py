@@ -66,8 +66,7 @@ def test_a_padded_batch_equals_the_rows_alone(models, block):
         assert torch.equal(row[None], answers(decoding, torch.tensor([prompt])))
 
 
-@pytest.mark.parametrize("block", [1, 2, 4, 8])
-@pytest.mark.parametrize("weight", [1.0, 0.4])
+@pytest.mark.parametrize(("block", "weight"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 0.4)])
 def test_greedy_blocks_equal_single_tokens(models, block, weight):
     ids, mask, _ = prompts()
     plain = answers(emulated(models, weight=weight), ids, mask, count=13)
@@ -76,7 +75,7 @@ def test_greedy_blocks_equal_single_tokens(models, block, weight):
 
 def test_greedy_blocks_on_many_random_models():
     ids, mask, _ = prompts((5, 6))
-    for scale in (0.02, 0.1, 0.6):
+    for scale in (0.02, 0.6):
         found = cast(scale=scale)
         plain = answers(emulated(found, top_p=0.9), ids, mask, count=12)
         assert torch.equal(answers(emulated(found, top_p=0.9, block_size=4), ids, mask, count=12), plain)

@@ -234,3 +234,21 @@ def test_likelihoods_that_do_not_exist_are_refused(base, rows, aligned, tmp_path
     file.write_text("def score(text):\n    return 0.0\n")
     with pytest.raises(Unsupported, match="no probability"):
         guided(base, rows, aligned, tmp_path / "r", f"decode.reward={file}:score", "evaluation.metric=perplexity")
+
+
+def test_a_training_recipe_is_measured_through_its_decoder(base, rows, tmp_path):
+    """Scaled to nothing, what a run learnt in its adapter doesn't show: after is before; the run answers so too."""
+    from pegbox.ask import answers
+
+    run = pegbox.train(
+        {"tuner": {"kind": "lora", "r": 4}, "optim": {"lr": 0.05}, "decode": {"kind": "scaled", "alpha": 0.0}},
+        model=str(base),
+        data=str(rows / "chat.jsonl"),
+        out=tmp_path / "run",
+        overrides=SMALL,
+        **{**COMMON, "suites": ["target"], "eval_split": 0.25},
+    )
+    before, after = (m["target"].scores["perplexity"].value for m in (run.metrics.before, run.metrics.after))
+    assert after == pytest.approx(before, rel=1e-4)
+    shown = answers(str(run.path), ASK, beside="base", max_new_tokens=4)[0]
+    assert shown["run"] == shown["base"]
