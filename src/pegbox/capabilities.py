@@ -153,6 +153,17 @@ def factors_are_taken_up(recipe: Recipe, facts: Facts) -> str | None:
 
 
 @rule
+def updates_are_taken_up(recipe: Recipe, facts: Facts) -> str | None:
+    carrying = [part.kind for part in recipe.prepare if part.carries_update]
+    if carrying and not type(recipe.tuner).takes_up:
+        return (
+            f"prepare '{carrying[0]}' carries over what an earlier stage learnt, and tuner '{recipe.tuner.kind}' takes "
+            "none up; use tuner: lowrank_sparse, or prune without `of`."
+        )
+    return None
+
+
+@rule
 def moving_selection(recipe: Recipe, facts: Facts) -> str | None:
     schedule = getattr(recipe.select, "schedule", None)
     if recipe.select is None or schedule is None or not schedule.moves:
@@ -203,8 +214,8 @@ def backward_is_there_to_save(recipe: Recipe, facts: Facts) -> str | None:
         )
     if not type(recipe.objective).has_value:
         return (
-            f"select '{recipe.select.kind}' weighs tensors by the loss on calibration batches, and the loss of objective "
-            f"'{recipe.objective.kind}' exists inside its trainer only."
+            f"select '{recipe.select.kind}' weighs tensors by the loss on calibration batches, and the loss of "
+            f"objective '{recipe.objective.kind}' exists inside its trainer only."
         )
     return None
 

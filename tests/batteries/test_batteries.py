@@ -115,6 +115,10 @@ class TestUnitsByWeight(battery(SelectorBattery, {"kind": "units", "ratios": {"d
     pass
 
 
+class TestDecomposed(battery(SelectorBattery, {"kind": "decomposed", "budget": {"count": 9}, "rank_cap": 6})):
+    pass
+
+
 class TestKnapsack(battery(SelectorBattery, {"kind": "knapsack", "rho": 0.6, "importance": "random"})):
     """Statistics as a stage gathers them; how many weights train can't be known from shapes."""
 
@@ -206,6 +210,16 @@ class TestSlicesAbsolute(battery(TunerBattery, {"kind": "slices", "coordinates":
     pass
 
 
+class TestLowRankSparse(
+    battery(
+        TunerBattery,
+        {"kind": "lowrank_sparse", "r": 4, "alpha": 8, "target_modules": ["all-linear"]},
+        allocation=entries(),
+    )
+):
+    tolerance = 1e-5
+
+
 class TestFull(battery(TunerBattery, {"kind": "full"})):
     pass
 
@@ -229,6 +243,22 @@ class TestDft(battery(ObjectiveBattery, {"token": {"kind": "dft"}})):
 
 
 class TestAsft(battery(ObjectiveBattery, {"kind": "asft", "mode": "asft", "lam": 0.1})):
+    pass
+
+
+class TestTaskBalanced(battery(ObjectiveBattery, {"kind": "task_balanced"})):
+    pass
+
+
+class TestTaskBalancedBySample(battery(ObjectiveBattery, {"kind": "task_balanced", "mode": "case4"})):
+    pass
+
+
+class TestTaskBalancedFocal(battery(ObjectiveBattery, {"kind": "task_balanced", "mode": "focal_sample"})):
+    pass
+
+
+class TestTaskBalancedAsft(battery(ObjectiveBattery, {"kind": "task_balanced", "inner": {"kind": "asft"}})):
     pass
 
 
@@ -269,6 +299,14 @@ class TestMezo(battery(StepBattery, {"kind": "mezo", "lr": 0.01})):
 
 
 class TestCorruption(battery(PolicyBattery, {"kind": "corruption", "rate": 0.5, "form": "existing", "token": 3})):
+    pass
+
+
+class TestLayout(battery(PolicyBattery, {"kind": "layout", "seq_length": 32})):
+    pass
+
+
+class TestMixture(battery(PolicyBattery, {"kind": "mixture"})):
     pass
 
 
@@ -323,6 +361,10 @@ class TestCorda(battery(PreparationBattery, {"kind": "corda", "mode": "ipm", "ra
 
 
 class TestPermute(battery(PreparationBattery, {"kind": "permute"})):
+    pass
+
+
+class TestPrune(battery(PreparationBattery, {"kind": "prune", "mode": "W", "ratio": 0.2, "heads": 2, "neurons": 0.25})):
     pass
 
 

@@ -15,6 +15,7 @@ SMALL = {
     "sara": ["objective.terms.0.min_side=8"],
     "spiel": ["select.budget.density=0.05", "select.schedule.every=2", "select.schedule.accumulate=1"],
     "grpo": ["objective.num_generations=2", "objective.max_completion_length=4"],
+    "dsee": ["tuner.r=4", "tuner.alpha=8", "select.rank_cap=6"],
     "lora": ["tuner.r=4"],
     "qlora": ["tuner.r=4"],
     "s2ft": ["select.ratios.o=0.25"],

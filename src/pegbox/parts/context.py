@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Context:
         roles: other models of the run by role ("teacher", "reward"), loaded on first use.
         gather: (a selector's request, the running optimizer) -> its statistics on the model as it is now; None where
             nothing can be gathered while training.
+        folder_of: a finished stage's name -> the folder of its artefact; None outside a run of stages.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Context:
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     roles: Mapping[str, nn.Module] = field(default_factory=dict)
     gather: Callable[[Any, Any], Mapping[str, Any] | None] | None = None
+    folder_of: Callable[[str], Path] | None = None
 
     @property
     def device(self) -> torch.device:

@@ -27,6 +27,11 @@ class Preparation(Component):
     leaves_factors: ClassVar[bool] = False  # takes low-rank factors out of the weights, for the tuner to take up
     keeps_function: ClassVar[bool] = True  # the model computes the same before training, up to rounding
 
+    @property
+    def carries_update(self) -> bool:
+        """Whether it hands an earlier adapter's update to the tuner that is attached next."""
+        return False
+
     def load_kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained` where the rewrite happens while loading (e.g. a quantization config)."""
         return {}

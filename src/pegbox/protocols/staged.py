@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pegbox.parts.protocol import BASE, PROTOCOL, ModelRef, Protocol, Report, Runner
-from pegbox.parts.results import Metrics
+from pegbox.parts.results import Measurement, Metrics
 from pegbox.protocols.single import measure, total_cost
 
 __all__ = ["Stage", "Staged"]
@@ -47,9 +47,14 @@ class Stage(BaseModel):
 
 @PROTOCOL.register
 class Staged(Protocol):
-    """Run `stages` in order; the last one that trained (or applied) is the run's result."""
+    """Run `stages` in order; the last one that trained (or applied) is the run's result.
+
+    Args:
+        measure_each: evaluate the end of every stage that trained or applied, not only the last one's.
+    """
 
     kind: Literal["staged"] = "staged"
+    measure_each: bool = False
     stages: Annotated[list[Stage], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -80,9 +85,17 @@ class Staged(Protocol):
         for stage in self.stages:
             point = parse_ref(stage.start)
             results.append((stage, runner.stage(stage.patch(), start=point, name=stage.name)))
+        done = [result for stage, result in results if stage.do != "select"]
+        each = {r.name: _scores(measure(runner, r.end)) for r in done[:-1]} if self.measure_each else {}
         final = [result for stage, result in results if stage.do != "select"][-1]
         cost = total_cost([result.cost for _, result in results])
-        return Report(Metrics(before=before, after=measure(runner, final.end), cost=cost), final=final.end)
+        extra = {"stages": each} if each else {}
+        return Report(Metrics(before=before, after=measure(runner, final.end), cost=cost, extra=extra), final=final.end)
+
+
+def _scores(measured: dict[str, Measurement]) -> dict[str, dict[str, float]]:
+    """suite -> metric -> value."""
+    return {suite: {name: s.value for name, s in found.scores.items()} for suite, found in measured.items()}
 
 
 def parse_ref(text: str) -> ModelRef:

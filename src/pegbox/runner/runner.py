@@ -160,6 +160,7 @@ class RecipeRunner:
             open_start=lambda r, trainable: self._open_start(r, begin, trainable),
             weights_of=self._weights_of,
             allocation_of=lambda stage: Allocation.load(self.workspace.stage(stage) / ALLOCATION),
+            folder_of=lambda stage: self.workspace.stage(stage) / "artefact",
             source=self.source,
             root=root_of(
                 self.source,

@@ -62,6 +62,7 @@ class StageJob:
     weights_of: Callable[[str, str], Mapping[str, Any]]
     allocation_of: Callable[[str], Allocation]
     root: Any
+    folder_of: Callable[[str], Path] | None = None
     source: Any = None
     evaluator: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
     progress: bool = False
@@ -178,7 +179,7 @@ class StageJob:
         return {"packing": self.spec.rows.packing, "max_length": self.spec.rows.max_length}
 
     def _context(self, model: nn.Module, tokenizer: Any) -> Context:
-        return Context(model=model, seed=self.spec.seed, tokenizer=tokenizer)
+        return Context(model=model, seed=self.spec.seed, tokenizer=tokenizer, folder_of=self.folder_of)
 
     def _roles(self, model: nn.Module, tokenizer: Any, ctx: Context) -> Mapping[str, nn.Module]:
         """The recipe's other models, each base loaded once, on first use."""

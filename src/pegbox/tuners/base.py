@@ -27,6 +27,7 @@ class Tuner(Component):
     moves: ClassVar[frozenset[str]] = frozenset()  # the moves of a selection it can follow while training: slots, set
     additive: ClassVar[bool] = False  # what it leaves is a difference that adds to others over the same base
     takes_factors: ClassVar[bool] = False  # begins at low-rank factors that a preparation took out of the weights
+    takes_up: ClassVar[bool] = False  # begins at an update that a preparation carried over from an earlier adapter
     rewrites_base: ClassVar[bool] = False  # the base's own tensors change during training
     keeps_causality: ClassVar[bool] = True
     several_active: ClassVar[bool] = True

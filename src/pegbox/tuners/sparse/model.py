@@ -110,7 +110,7 @@ class SparseModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         choices = {t: self._choices[f"{current_key}.{t}"] for t in TENSORS if f"{current_key}.{t}" in self._choices}
-        if not choices and not self._choices:  # injected from a state dict: every tensor it may hold
+        if not choices and not self._choices and not config.sites:  # from a state dict: every tensor it may hold
             choices = {t: None for t in config.tensors if _has_tensor(target, t)}
         if not choices and current_key not in config.sites:
             return
