@@ -68,6 +68,11 @@ def zeroth_order_needs_a_value(recipe: Recipe, facts: Facts) -> str | None:
             "(its value is constant; only its gradient means something). Choose an optimizer with gradients, "
             "or an objective with a value."
         )
+    if recipe.optim.needs_value and not recipe.objective.fixed_value:
+        return (
+            f"optim '{recipe.optim.kind}' compares the loss at several points, and objective '{recipe.objective.kind}' "
+            "as configured weighs its parts anew at each of them. Choose an optimizer with gradients, or fixed weights."
+        )
     return None
 
 
@@ -221,6 +226,49 @@ def backward_is_there_to_save(recipe: Recipe, facts: Facts) -> str | None:
 
 
 @rule
+def episodes_are_given(recipe: Recipe, facts: Facts) -> str | None:
+    given = type(recipe.protocol).gives_episodes or any(type(policy).gives_episodes for policy in recipe.data)
+    if type(recipe.optim).needs_episodes and not given:
+        return (
+            f"optim '{recipe.optim.kind}' learns from episodes, and nothing makes any. Use protocol: {{kind: meta}}, or "
+            "the data policy 'episodes'."
+        )
+    return None
+
+
+@rule
+def parameters_can_be_exchanged(recipe: Recipe, facts: Facts) -> str | None:
+    held = type(recipe.tuner).takes & {"entries", "units"}
+    if type(recipe.optim).exchanges_parameters and held:
+        return (
+            f"optim '{recipe.optim.kind}' puts other tensors in the parameters' places, and tuner '{recipe.tuner.kind}' "
+            f"writes what it trains into the base ({', '.join(sorted(held))}). Use a low-rank adapter, or full."
+        )
+    if recipe.optim.second_order and _quantized(recipe, facts):
+        return (
+            f"optim '{recipe.optim.kind}' of order 2 differentiates twice, and packed weights can't. Use order: 1, or "
+            "load the base in fp32 or bf16."
+        )
+    return None
+
+
+@rule
+def priors_are_held(recipe: Recipe, facts: Facts) -> str | None:
+    terms = [t.kind for t in getattr(recipe.objective, "terms", ()) if getattr(type(t), "needs_prior", False)]
+    if terms and not type(recipe.tuner).has_prior:
+        return (
+            f"term '{terms[0]}' compares distributions over weights, and tuner '{recipe.tuner.kind}' has none; use "
+            "tuner: {kind: bayesian_lora}."
+        )
+    if terms and not type(recipe.optim).needs_episodes:
+        return (
+            f"term '{terms[0]}' needs a prior to compare with, and optim '{recipe.optim.kind}' holds none; use optim: "
+            "{kind: episodic} with protocol: {kind: meta}."
+        )
+    return None
+
+
+@rule
 def host_suits_task(recipe: Recipe, facts: Facts) -> str | None:
     if recipe.protocol.trains and recipe.objective.host not in recipe.task.hosts:
         return (
@@ -278,6 +326,15 @@ def analyses_are_run(recipe: Recipe, facts: Facts) -> str | None:
     causal = [part.kind for part in recipe.analyze if type(part).needs_causal_model]
     if causal and not recipe.task.causal:
         return f"analyze '{causal[0]}' works on causal language models; task '{recipe.task.kind}' has none."
+    return _weights_for_analyses(recipe, facts)
+
+
+def _weights_for_analyses(recipe: Recipe, facts: Facts) -> str | None:
+    moving = [part.kind for part in recipe.analyze if type(part).needs_weights]
+    if moving and _quantized(recipe, facts):
+        return f"analyze '{moving[0]}' moves weights from the base to the tuned model, and the base's are quantized."
+    if moving and recipe.protocol.trains and type(recipe.tuner).merge == "no":
+        return f"analyze '{moving[0]}' needs tuned weights, and tuner '{recipe.tuner.kind}' can't be merged into any."
     return None
 
 

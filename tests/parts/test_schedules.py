@@ -20,6 +20,22 @@ def test_equals_transformers(name):
     assert [ours(t) for t in range(21)] == pytest.approx([theirs(t) for t in range(21)], abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_floor_is_where_the_rate_ends(name):
+    plain, ours = factor(name, 20, 3), factor(name, 20, 3, floor=0.1)
+    assert [ours(t) for t in range(3)] == [plain(t) for t in range(3)]
+    assert [ours(t) for t in range(3, 21)] == pytest.approx([0.1 + 0.9 * plain(t) for t in range(3, 21)])
+    assert ours(20) == pytest.approx(0.1)
+
+
+def test_a_constant_rate_has_no_floor():
+    from pegbox.optim.base import OPTIM
+
+    with pytest.raises(BadInput, match="no use for it"):
+        OPTIM.validate({"kind": "adamw", "schedule": "constant", "floor": 0.1})
+    assert OPTIM.validate({"kind": "adamw", "schedule": "cosine", "floor": 0.1}).factor(10)(10) == pytest.approx(0.1)
+
+
 def test_cosine_floor_linear_is_continuous_and_ends_at_zero():
     ours = factor("cosine_floor_linear", 200, 4)
     assert ours(4) == 1.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,11 +19,18 @@ class DataPolicy(Component):
     """Acts on the whole set (`prepare`), on the order (`sampler`), on a batch (`on_batch`), on outcomes (`observe`)."""
 
     changes_labels: ClassVar[bool] = False
+    gives_episodes: ClassVar[bool] = False  # its batches say which episode they are of
     training_only: ClassVar[bool] = True  # not applied in evaluation
+    moves_weights: ClassVar[bool] = False  # `acting` changes the base's weights for a while
 
     def setup(self, ctx: Context) -> Any:
         """Mutable state, or None."""
         return None
+
+    def sources(self) -> Mapping[str, Any]:
+        """Further rows that the policy draws from while training, by name: sources as `--data` takes them. They are
+        encoded like the training rows and stand in `ctx.streams` from `setup` on."""
+        return {}
 
     def prepare(self, dataset: Sequence[dict[str, Any]], ctx: Context) -> Sequence[dict[str, Any]]:
         """Filter, add or rewrite encoded examples before training."""
@@ -35,6 +43,15 @@ class DataPolicy(Component):
     def on_batch(self, state: Any, batch: Batch, ctx: Context) -> Batch:
         """Change a collated batch on its device, right before the reference and the forward."""
         return batch
+
+    def acting(self, state: Any, batch: Batch, ctx: Context) -> AbstractContextManager[Any]:
+        """Held from a micro-batch's first forward to the end of its backward, and around its evaluation: for what is
+        different in the model for this batch alone. On leaving the model is as it was, bit for bit."""
+        return nullcontext()
+
+    def apart(self, state: Any, dataset: Sequence[dict[str, Any]], ctx: Context) -> Sequence[Sequence[int]] | None:
+        """Row numbers in groups whose rows never share an evaluation batch; None: any rows may."""
+        return None
 
     def observe(self, state: Any, sample_ids: Tensor, outcomes: dict[str, Tensor]) -> None:
         """Told of each sample's loss after a step."""

@@ -47,6 +47,8 @@ class PaddingCollator:
         self.pad_id, self.side, self.multiple_of = pad_id, side, max(1, multiple_of)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        if "parts" in examples[0]:
+            return _arranged_rows(examples, self.pad_id, self.multiple_of)
         width = _round_up(max(len(e["input_ids"]) for e in examples), self.multiple_of)
         ids = torch.full((len(examples), width), self.pad_id)
         labels = torch.full_like(ids, IGNORED)
@@ -77,6 +79,8 @@ class PackingCollator:
         self.pad_id, self.capacity, self.multiple_of = pad_id, capacity, max(1, multiple_of)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        if "parts" in examples[0]:
+            raise BadInput("rows.packing packs single examples, and these rows are packed already. Leave one out.")
         bins = pack_lengths([len(e["input_ids"]) for e in examples], self.capacity)
         width = _round_up(max(sum(len(examples[j]["input_ids"]) for j in b) for b in bins), self.multiple_of)
         ids = torch.full((len(bins), width), self.pad_id)
@@ -199,6 +203,38 @@ def _per_sample(examples: Sequence[Example]) -> dict[str, Tensor]:
         "sample_ids": torch.tensor([e["sample_id"] for e in examples], dtype=torch.int64),
         "sample_weight": torch.tensor([e.get("weight", 1.0) for e in examples], dtype=torch.float32),
         "task_ids": torch.tensor([e.get("task_id", 0) for e in examples], dtype=torch.int64),
+    }
+
+
+def _arranged_rows(rows: Sequence[Example], pad_id: int, multiple_of: int) -> dict[str, Any]:
+    """Rows that hold several examples each (`data.layouts`), in the form of `PackingCollator`."""
+    longest = max(max(len(r["input_ids"]), r["width"]) for r in rows)
+    width = _round_up(longest, multiple_of)
+    ids = torch.full((len(rows), width), pad_id)
+    labels = torch.full_like(ids, IGNORED)
+    owner = torch.full_like(ids, -1)
+    positions = torch.zeros_like(ids)
+    samples: list[Example] = []
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[i, :length] = torch.as_tensor(row["input_ids"])
+        labels[i, :length] = torch.as_tensor(row["labels"])
+        start = 0
+        for j, size in enumerate(row["parts"]):
+            owner[i, start : start + size] = len(samples)
+            positions[i, start : start + size] = torch.arange(size)
+            samples.append({"sample_id": row["sample_ids"][j], "weight": row["weights"][j], "task_id": row["task_id"]})
+            start += size
+        positions[i, length:] = torch.arange(width - length)
+        if row["cross_attend"]:
+            positions[i] = torch.arange(width)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": positions,
+        "sequence_ids": owner,
+        "use_cache": False,
+        **_per_sample(samples),
     }
 
 

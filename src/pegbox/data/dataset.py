@@ -103,7 +103,7 @@ def load_rows(
     report, parts, formats = LoadReport(), [], []
     for source in listed:
         rows, name = _read(source, mapping or {}, format)
-        parts.append(rows)
+        parts.append([replace(row, task=row.task or source.task) for row in rows] if source.task else rows)
         formats.append(name)
         report.sources.append({"path": source.path, "format": name, "read": len(rows), "weight": source.weight})
     _mix(parts, listed, report)

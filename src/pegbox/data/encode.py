@@ -48,6 +48,7 @@ def encode_rows(
     side: Literal["right", "left"] = "right",
     overlong: Overlong = "refuse",
     label_names: Sequence[str] | None = None,
+    task_names: Sequence[str] | None = None,
     cache: bool | Path = False,
 ) -> EncodedSet:
     """The rows as examples, in order.
@@ -58,6 +59,8 @@ def encode_rows(
         max_length: tokens per example; longer ones are cut on `side`, long plain texts become several examples.
         overlong: what happens to a row whose answer is cut away whole: refuse (an error with their number) | drop.
         label_names: classes of a classification set, from the training set; None: the rows' own, sorted.
+        task_names: tasks in the order of their numbers, so that several sets number them alike; tasks beyond these
+            come after them. None: the rows' own, sorted.
         cache: True: the default folder; a path: that folder; False: none.
 
     Raises:
@@ -75,13 +78,14 @@ def encode_rows(
         )
     options = _Options(train_on, max_length, side, overlong)
     spoken = _templates(rows, tokenizer, template)
-    file = _cache_file(cache, _key(rows, tokenizer, spoken, options, label_names)) if cache else None
+    key = _key(rows, tokenizer, spoken, options, label_names, task_names) if cache else ""
+    file = _cache_file(cache, key) if cache else None
     if file is not None and (found := _cached(file)) is not None:
         return found
     if family == {"classification"}:
-        made = _encode_classes(rows, tokenizer, options, label_names)
+        made = _encode_classes(rows, tokenizer, options, label_names, task_names)
     else:
-        made = _encode_tokens(rows, tokenizer, spoken, options)
+        made = _encode_tokens(rows, tokenizer, spoken, options, task_names)
     if file is not None:
         made.save(file)
     return made
@@ -134,7 +138,13 @@ def _templates(rows: Sequence[Row], tokenizer: Any, spec: str | Path | ChatTempl
     return out
 
 
-def _encode_tokens(rows: Sequence[Row], tokenizer: Any, templates: Spoken, options: _Options) -> EncodedSet:
+def _encode_tokens(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    templates: Spoken,
+    options: _Options,
+    task_names: Sequence[str] | None = None,
+) -> EncodedSet:
     report = EncodeReport(rows=len(rows), template=", ".join(t.name for t in templates.values()) or "none (plain text)")
     report.closing = ", ".join(t.traits.closing or str(tokenizer.eos_token) for t in templates.values())
     if "chat" in templates:
@@ -156,7 +166,7 @@ def _encode_tokens(rows: Sequence[Row], tokenizer: Any, templates: Spoken, optio
     report.dropped = len(lost)
     if not kept:
         raise BadInput(f"No row is left: all {len(lost)} lost their whole answer at max_length {options.max_length}.")
-    return _assemble(kept, report)
+    return _assemble(kept, report, task_names)
 
 
 def _truncate(piece: Masked, options: _Options) -> Masked:
@@ -196,8 +206,11 @@ def _notes(template: ChatTemplate, rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _assemble(kept: list[tuple[Row, Masked]], report: EncodeReport) -> EncodedSet:
-    tasks = sorted({row.task for row, _ in kept})
+def _assemble(
+    kept: list[tuple[Row, Masked]], report: EncodeReport, task_names: Sequence[str] | None = None
+) -> EncodedSet:
+    found, named = {row.task for row, _ in kept}, list(task_names or ())
+    tasks = named + sorted(found - set(named))
     number = {task: i for i, task in enumerate(tasks)}
     lengths = [len(piece.ids) for _, piece in kept]
     trained = _flat((piece.trained for _, piece in kept), np.bool_)
@@ -223,7 +236,13 @@ def _flat(parts: Iterable[Sequence[Any]], dtype: Any) -> np.ndarray:
 # ---- classification
 
 
-def _encode_classes(rows: Sequence[Row], tokenizer: Any, options: _Options, names: Sequence[str] | None) -> EncodedSet:
+def _encode_classes(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    options: _Options,
+    names: Sequence[str] | None,
+    task_names: Sequence[str] | None = None,
+) -> EncodedSet:
     numeric = all(isinstance(row.label, int | float) for row in rows) and any(isinstance(r.label, float) for r in rows)
     known = list(names) if names is not None else sorted({str(row.label) for row in rows}, key=_label_order)
     kept: list[tuple[Row, Masked]] = []
@@ -242,7 +261,7 @@ def _encode_classes(rows: Sequence[Row], tokenizer: Any, options: _Options, name
                 f"{row.source or row.id}, column 'label': {row.label!r} does not occur in training. Known: "
                 f"{', '.join(known)}."
             )
-    out = _assemble(kept, EncodeReport(rows=len(rows), cut=cut, template="none (classification)"))
+    out = _assemble(kept, EncodeReport(rows=len(rows), cut=cut, template="none (classification)"), task_names)
     out.kind = "classification"
     out.targets = np.array(
         [row.label if numeric else known.index(str(row.label)) for row in rows], np.float32 if numeric else np.int64
@@ -268,6 +287,7 @@ def _key(
     templates: Spoken,
     options: _Options,
     names: Sequence[str] | None,
+    task_names: Sequence[str] | None = None,
 ) -> str:
     total = hashlib.sha256()
     head = [
@@ -276,6 +296,7 @@ def _key(
         [t.digest for t in templates.values()],
         repr(options),
         list(names or []),
+        *([list(task_names)] if task_names else []),
     ]
     total.update(json.dumps(head).encode())
     for row in rows:

@@ -125,6 +125,26 @@ def _read_chat(record: Values, where: str) -> dict[str, Any]:
     return {"kind": "chat", "messages": messages, "answer": record.get("answer")}
 
 
+def _read_rounds(record: Values, where: str) -> dict[str, Any]:
+    """Rounds in which user and assistant take turns, after a system message or without one."""
+    read = _read_chat({**record, "messages": record["chat_rounds"]}, where)
+    turns = [m["role"] for m in read["messages"] if m["role"] != "system"]
+    expected = ["user", "assistant"] * len(turns)
+    if turns != expected[: len(turns)] or "system" in [m["role"] for m in read["messages"][1:]]:
+        example = FORMATS["rounds"].example
+        raise bad_row(
+            where, "chat_rounds", f"the roles {turns} do not alternate", "user, assistant, user, ...", example
+        )
+    return read
+
+
+def _read_pair(record: Values, where: str) -> dict[str, Any]:
+    """A question and its answer under other names than `qa`'s."""
+    question, answer = _first(record, ("input", "query", "prompt")), _first(record, ("output", "answer"))
+    fmt = FORMATS["pair"]
+    return _question(record, _text(record, question, where, fmt), _text(record, answer, where, fmt))
+
+
 def _read_completion(record: Values, where: str) -> dict[str, Any]:
     column = _first(record, ("completion", "response"))
     prompt, completion = record["prompt"], record[column]
@@ -321,6 +341,13 @@ FORMATS: dict[str, Format] = {
             ("answer", *_SPOKEN),
         ),
         Format(
+            "rounds",
+            (("chat_rounds",),),
+            _read_rounds,
+            {"chat_rounds": [{"role": "human", "content": "2+2?"}, {"role": "bot", "content": "4"}]},
+            ("answer", *_SPOKEN),
+        ),
+        Format(
             "instruction",
             (("instruction",), ("output", "response")),
             _read_instruction,
@@ -340,6 +367,13 @@ FORMATS: dict[str, Format] = {
             _read_qa,
             {"question": "2+2?", "answer": "4"},
             ("context", "reasoning", *_SPOKEN),
+        ),
+        Format(
+            "pair",
+            (("input", "query", "prompt"), ("output", "answer")),
+            _read_pair,
+            {"input": "2+2?", "output": "4"},
+            ("reasoning", *_SPOKEN),
         ),
         Format(
             "classification",

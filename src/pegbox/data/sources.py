@@ -40,6 +40,7 @@ class Source(BaseModel):
         format: a name of `formats.FORMATS`, or "auto". map: canonical name -> column.
         split, config: of a hub set; for "network" `split` is train, validation or test.
         limit: at most so many rows, from the beginning. For "network": how many.
+        task: the task's name for rows that don't say one.
         seed: for "network". families: for "network", a subset of its families.
     """
 
@@ -52,6 +53,7 @@ class Source(BaseModel):
     split: str | None = None
     config: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
+    task: str = ""
     seed: int = 0
     families: tuple[str, ...] = ()
 

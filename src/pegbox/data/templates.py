@@ -1,9 +1,9 @@
 """A tokenizer with one chat template: rendering, and the facts about the template that masks and generation need.
 
-The template is the tokenizer's own, a user's jinja file, or one of two built-in ones: `plain` (headed turns, for base
-models without a template) and `raw` (texts one after the other, for prompt/completion rows). The facts are found by
-rendering probes, not by knowing names: what closes an assistant turn, whether system messages and reasoning are
-rendered, whether the generation prompt opens a reasoning block that rendered turns leave out.
+The template is the tokenizer's own, a user's jinja file, or a built-in one: `plain` (headed turns, for base models
+without a template), `raw` (texts one after the other, for prompt/completion rows), `markers` (role markers). The facts
+are found by rendering probes, not by knowing names: what closes an assistant turn, whether system messages and
+reasoning are rendered, whether the generation prompt opens a reasoning block that rendered turns leave out.
 
 What a template can't say is said by a prelude in jinja, put in front of it: a system message that the template refuses
 or drops goes in front of the first user message; reasoning that it doesn't read goes into the answer as
@@ -39,7 +39,18 @@ PLAIN = (
     "{% else %}{{ raise_exception('the plain template has no role ' + m['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
+# role markers of MFTCoder (arXiv:2311.02303): every content ends with a newline, blanks that are none become blanks
+MARKERS = (
+    "{% for m in messages %}{% set text = (m['content'] | replace('\\u202f', ' ') | replace('\\u00a0', ' ')) + '\\n' %}"
+    "{% if m['role'] == 'system' %}{{ '<s>system\\n' + text }}"
+    "{% elif m['role'] == 'user' %}{{ '<s>human\\n' + text }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<s>bot\\n' + text + eos_token + ('' if loop.last else '\\n') }}"
+    "{% else %}{{ raise_exception('the markers template has no role ' + m['role']) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<s>bot\\n' }}{% endif %}"
+)
 RAW = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+
+BUILT_IN = {"plain": PLAIN, "raw": RAW, "markers": MARKERS}
 
 _DATE = datetime(2024, 7, 26)  # the date that Llama 3.1's template falls back to
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -205,7 +216,8 @@ def resolve_template(tokenizer: Any, spec: str | Path | None = None, kind: str =
     """The template to speak through.
 
     Args:
-        spec: None or "auto" (the tokenizer's own; without one `plain`), "plain", "raw", a jinja file, or jinja text.
+        spec: None or "auto" (the tokenizer's own; without one `plain`), "plain", "raw", "markers", a jinja file, or
+            jinja text.
         kind: the rows' kind; completion rows are raw text and never pass through a chat template.
     """
     if kind == "completion":
@@ -214,13 +226,13 @@ def resolve_template(tokenizer: Any, spec: str | Path | None = None, kind: str =
         if getattr(tokenizer, "chat_template", None):
             return ChatTemplate(tokenizer, None, "the tokenizer's own")
         spec = "plain"
-    if spec in ("plain", "raw"):
-        return ChatTemplate(tokenizer, _with_bos(tokenizer, PLAIN if spec == "plain" else RAW), str(spec))
+    if spec in BUILT_IN:
+        return ChatTemplate(tokenizer, _with_bos(tokenizer, BUILT_IN[str(spec)]), str(spec))
     if isinstance(spec, str) and ("{%" in spec or "{{" in spec):
         return ChatTemplate(tokenizer, spec, "jinja text")
     path = Path(str(spec))
     if not path.is_file():
-        raise BadInput(f"Template file {path} not found. Give a jinja file, 'plain', 'raw' or 'auto'.")
+        raise BadInput(f"Template file {path} not found. Give a jinja file, 'plain', 'raw', 'markers' or 'auto'.")
     return ChatTemplate(tokenizer, path.read_text(encoding="utf-8"), path.name)
 
 

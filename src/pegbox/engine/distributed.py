@@ -11,7 +11,7 @@ gradients: the engine multiplies by the number of processes before backward.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "is_main",
     "join_processes",
     "mean_over_ranks",
+    "names_everywhere",
     "rank",
     "shard",
     "sum_over_ranks",
@@ -84,6 +85,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks(tensor) / world() if world() > 1 else tensor
+
+
+def names_everywhere(names: Iterable[str]) -> list[str]:
+    """The names that any process has, sorted. A collective call."""
+    mine = sorted(names)
+    if world() == 1:
+        return mine
+    everyone: list[list[str]] = [[] for _ in range(world())]
+    dist.all_gather_object(everyone, mine)
+    return sorted({name for theirs in everyone for name in theirs})
 
 
 def agree(flag: bool) -> bool:

@@ -11,10 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from pegbox.engine.distributed import agree, gather_rows, rank, sum_over_ranks, world
 from pegbox.engine.host_type import TrainerLike
@@ -101,9 +103,20 @@ class Evaluating(TrainerLike):
         assert self.train_settings is not None
         size = self.train_settings.eval_batch or self.args.per_device_train_batch_size
         split = self.sharding == "none"
-        return self.evaluate_objective(
-            lambda: eval_batches(dataset, self.data_collator, size, split=split), self.stop_request.check, split
-        )
+        groups = self._apart(dataset)
+
+        def batches() -> Iterator[Any]:
+            return chain.from_iterable(eval_batches(rows, self.data_collator, size, split=split) for rows in groups)
+
+        return self.evaluate_objective(batches, self.stop_request.check, split)
+
+    def _apart(self, dataset: Any) -> list[Any]:
+        """The evaluation set in parts whose rows never share a batch, as a policy wants it."""
+        for i, policy in enumerate(self.policies):
+            groups = policy.apart(self.states[f"data.{i}"], dataset, self.ctx)
+            if groups is not None:
+                return [Subset(dataset, list(rows)) for rows in groups if len(rows)]
+        return [dataset]
 
     def evaluate_objective(
         self, batches: Callable[[], Iterator[Any]], check: Callable[[], None], split: bool = True
@@ -130,7 +143,8 @@ class Evaluating(TrainerLike):
         return float(sum_over_ranks(total) / shares)
 
     def _value(self, batch: Batch, totals: dict[str, Tensor]) -> Tensor:
-        value = self.micro_loss.value(batch, totals, self.micro_loss.reference(batch))
+        with self.acting(batch):
+            value = self.micro_loss.value(batch, totals, self.micro_loss.reference(batch))
         if value is None:
             raise RunFailed(f"Objective '{self.objective.kind}' says it has a value and gave none.")
         return value

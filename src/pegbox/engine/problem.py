@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pegbox.engine.distributed import mean_over_ranks, sum_over_ranks, world
+from pegbox.engine.distributed import mean_over_ranks, names_everywhere, sum_over_ranks, world
 from pegbox.engine.packing import restore_random, take_random
 from pegbox.errors import RunFailed
 from pegbox.objectives.base import Objective
@@ -43,9 +43,11 @@ def total_counts(objective: Objective, batches: Iterable[Batch]) -> dict[str, Te
         for name, count in objective.count(batch).items():
             value = torch.as_tensor(count, dtype=torch.float64)
             totals[name] = totals[name] + value if name in totals else value
-    if world() > 1 and totals:
-        flat = sum_over_ranks(torch.stack([totals[n] for n in totals]))
-        totals = dict(zip(totals, flat.unbind()))
+    if world() > 1:
+        names = names_everywhere(totals)  # a count may exist in some micro-batches only
+        zero = next(iter(totals.values()), torch.zeros((), dtype=torch.float64)) * 0
+        flat = sum_over_ranks(torch.stack([totals.get(n, zero) for n in names])) if names else zero
+        totals = dict(zip(names, flat.unbind())) if names else {}
     return totals
 
 
@@ -67,8 +69,10 @@ class MicroLoss:
         view: ModelView,
         ctx: Context,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        acting: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext(),
     ):
         self.objective, self.state, self.view, self.ctx, self.autocast = objective, state, view, ctx, autocast
+        self.acting = acting  # held by the caller from a batch's first forward to the end of its backward
 
     def reference(self, batch: Batch) -> Any:
         """What the objective wants of the reference model; no graph. The objective enters the reference view itself."""
@@ -115,9 +119,13 @@ class StepProblem:
         self.optimizer, self.run = optimizer, run
         self.micro = len(batches)
         self.params = named_trained(model)
-        self.refs = [run(partial(micro_loss.reference, batch)) for batch in batches]
+        self.refs = [self._reference(batch) for batch in batches]
         self.readings: dict[int, dict[str, Tensor]] = {}  # by micro-batch, of its first forward
         self._random: dict[int, dict[str, Any]] = {}
+
+    def _reference(self, batch: Batch) -> Any:
+        with self.loss.acting(batch):
+            return self.run(partial(self.loss.reference, batch))
 
     @contextmanager
     def _same_random(self, i: int) -> Iterator[None]:
@@ -134,15 +142,22 @@ class StepProblem:
             restore_random(now)
 
     def losses(self, i: int) -> Iterator[tuple[str, Tensor]]:
-        with self._same_random(i):
+        with self.loss.acting(self.batches[i]), self._same_random(i):
             for name, loss in self.loss.losses(self.batches[i], self.totals, self.refs[i]):
                 self.readings.setdefault(i, {}).setdefault(name, loss.detach())
                 yield name, loss
 
+    def apart(self, i: int, among: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        totals: dict[str, Tensor] = {}
+        for j in among:
+            for name, count in self.loss.objective.count(self.batches[j]).items():
+                totals[name] = totals[name] + count if name in totals else count
+        return self.loss.losses(self.batches[i], totals, self.refs[i])
+
     def value(self) -> float:
         total = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(self.batches):
-            with self._same_random(i):
+            with self.loss.acting(self.batches[i]), self._same_random(i):
                 part = self.run(partial(self.loss.value, batch, self.totals, self.refs[i]))
             if part is None:
                 raise RunFailed("The objective has no value, so a step that works on values can't use it.")

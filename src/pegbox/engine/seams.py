@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -27,19 +27,26 @@ from pegbox.engine.batches import positions_of, tokens_of
 from pegbox.engine.distributed import Whole, full, gather_rows, mean_over_ranks, sum_over_ranks, world
 from pegbox.engine.host_type import TrainerLike
 from pegbox.engine.owners import Owners
+from pegbox.engine.packing import restore_random, take_random
 from pegbox.engine.problem import MicroLoss, NonFinite, StepProblem, named_trained, total_counts
 from pegbox.errors import RunFailed, Unsupported
-from pegbox.objectives.base import Objective
+from pegbox.objectives.base import Objective, StepView
 from pegbox.optim.base import Step, StepLog
 from pegbox.parts.context import Context
 from pegbox.parts.metering import measuring_flops
 from pegbox.parts.view import Batch, ModelView
+from pegbox.parts.watching import paused
 
 __all__ = ["Seams", "check_step"]
 
 
 def check_step(objective: Objective | None, step: Step) -> None:
     """Refuse a step that works on values with an objective that has none. Raises `Unsupported`."""
+    if objective is not None and step.needs_value and objective.has_value and not objective.fixed_value:
+        raise Unsupported(
+            f"optim '{step.kind}' compares the loss at several points, and objective '{objective.kind}' as configured "
+            "weighs its parts anew at each of them. Use a step with backward."
+        )
     if objective is not None and step.needs_value and not objective.has_value:
         raise Unsupported(
             f"optim '{step.kind}' works on the loss's value, and objective '{objective.kind}' has none (its loss is "
@@ -92,6 +99,7 @@ class Seams(TrainerLike):
         self._log = StepLog(loss=0.0)
         self.step_tokens = self.step_positions = self.first_step_flops = 0
         self.count_flops = False
+        self.probing = False  # batches of now are tried out, and made of any rows
         self.flops_per_position: float | None = None
         self.step_loss = torch.zeros(())
         self.grad_norm = 0.0
@@ -118,13 +126,24 @@ class Seams(TrainerLike):
         self.states = states
         self.owners = Owners(states, self.step_component or Step(kind="none"), self.args.device)
         if not self.owns_loss and self.objective is not None:
-            self.micro_loss = MicroLoss(self.objective, states["objective"], self.view, self.ctx, self.autocast)
+            bound = (self.objective, states["objective"], self.view, self.ctx)
+            self.micro_loss = MicroLoss(*bound, self.autocast, self.acting)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision's context around every forward."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.args.device.type, dtype=torch.bfloat16)
+
+    def acting(self, batch: Batch) -> AbstractContextManager[Any]:
+        """What policies hold in place for one micro-batch, from its first forward to the end of its backward."""
+        stack = ExitStack()
+        for i, policy in enumerate(self.policies):
+            if type(policy).acting is DataPolicy.acting or self.probing:
+                continue
+            if self.model.training or not policy.training_only:
+                stack.enter_context(policy.acting(self.states[f"data.{i}"], batch, self.ctx))
+        return stack
 
     @property
     def plain(self) -> bool:
@@ -186,7 +205,22 @@ class Seams(TrainerLike):
         self._log = StepLog(loss=0.0)
         self._sums: dict[str, Tensor] = {}
         self._outcomes: list[tuple[Tensor, dict[str, Tensor]]] = []
+        if type(self.objective).before_step is not Objective.before_step:
+            self._around_step(self.objective.before_step)
         return self._batches, items
+
+    def _around_step(self, hook: Callable[[Any, StepView], None]) -> None:
+        """Run an objective's hook around a step: no gradient, modes and random state as before."""
+        numbers, modes = take_random(), [(m, m.training) for m in self.model.modules()]
+        step = StepView(self.view, self._batches, self._totals, self.state.global_step, sum_over_ranks)
+        self.model.train()
+        try:
+            with torch.no_grad(), self.autocast(), paused():
+                self.run_job(lambda: hook(self.states["objective"], step))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            restore_random(numbers)
 
     def through_policies(self, batch: Batch, training: bool = True) -> Batch:
         for i, policy in enumerate(self.policies):
@@ -218,7 +252,8 @@ class Seams(TrainerLike):
             problem = StepProblem(self.micro_loss, [], self._totals, self.model)
             with self.owners.untouched(), problem.untouched(), measuring_flops() as meter:
                 self.model.train()
-                self._summed(inputs).backward()
+                with self.acting(inputs):
+                    self._summed(inputs).backward()
             self._sums, self._outcomes = {}, []
             self.flops_per_position = meter.total / max(1, positions_of(inputs))
         return self._training_step(model, inputs, num_items_in_batch)
@@ -239,9 +274,10 @@ class Seams(TrainerLike):
     def _plain_step(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward and backward of one micro-batch. Returns its share of the loss, times the number of processes."""
         whole = model if isinstance(model, Whole) or self._whole is not None else None
-        loss = whole(job=lambda: self._summed(batch)) if whole is not None else self._summed(batch)
-        loss = loss * world() if world() > 1 else loss
-        self.accelerator.backward(loss)
+        with self.acting(batch):
+            loss = whole(job=lambda: self._summed(batch)) if whole is not None else self._summed(batch)
+            loss = loss * world() if world() > 1 else loss
+            self.accelerator.backward(loss)
         return loss.detach()
 
     def _summed(self, batch: Batch) -> Tensor:
@@ -326,6 +362,8 @@ class Seams(TrainerLike):
         if self.owns_loss:
             return
         self.owners.step(skip=self._log.skip)
+        if type(self.objective).after_step is not Objective.after_step:
+            self._around_step(self.objective.after_step)
         step = self.step_component
         if step is not None and type(step).after_step is not Step.after_step:
             problem = self._problem or StepProblem(
@@ -366,8 +404,9 @@ class Seams(TrainerLike):
         if self.owns_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         totals = self._totals if self.model.training and self._totals else total_counts(self.objective, [inputs])
-        parts = self.micro_loss.losses(inputs, totals, self.micro_loss.reference(inputs))
-        loss = sum(value for name, value in parts if not name.startswith("_"))
+        with self.acting(inputs):
+            parts = self.micro_loss.losses(inputs, totals, self.micro_loss.reference(inputs))
+            loss = sum(value for name, value in parts if not name.startswith("_"))
         return (loss, None) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -8,7 +8,7 @@ Linear on purpose: what is checked, what is built, what runs, what is left. It k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from pegbox.parts.context import Context, seed_of
 from pegbox.parts.files import read_json, write_json
 from pegbox.parts.metering import machine, optimizer_state_bytes, parameter_counts
 from pegbox.parts.results import Cost
+from pegbox.parts.rowsource import RowSource
 from pegbox.parts.view import ModelView
 
 __all__ = ["TrainOutcome", "train_stage"]
@@ -97,6 +98,7 @@ def train_stage(
     resume: bool = False,
     *,
     rewards: Sequence[Callable[..., Any]] = (),
+    streams: Mapping[str, Sequence[Any]] | None = None,
     identity: Any = None,
     selection_digest: str | None = None,
 ) -> TrainOutcome:
@@ -111,6 +113,8 @@ def train_stage(
         evaluator: model -> {metric: value}, called in every process.
         resume: go on from the newest complete checkpoint in `out/checkpoints`, if there is one.
         rewards: TRL reward functions, for a policy objective.
+        streams: further encoded examples by name, which components draw from (`ctx.streams`); "validation" is
+            `eval_set` already.
         identity: JSON that must be the same on resuming, beside the settings (recipe, data, base).
         selection_digest: compared between processes before anything is wrapped.
 
@@ -132,6 +136,7 @@ def train_stage(
     with stop:
         stage = _Stage(model, view, train_set, eval_set, collator, objective, step, policies, settings, out, ctx)
         stage.rewards = list(rewards)
+        stage.streams = dict(streams or {})
         stage.build(callbacks, evaluator, store, stop, identity, newest)
         for text in notices:
             stage.hooks.tell(LogRecord(event="notice", step=0, text=text))
@@ -177,6 +182,7 @@ class _Stage:
         self.settings, self.out, self.ctx = settings, out, ctx
         self.own_data = objective.host == "supervised"
         self.rewards: list[Callable[..., Any]] = []
+        self.streams: dict[str, Sequence[Any]] = {}
         self.batches: StepBatches | None = None
         self.probe = Probe()
 
@@ -195,6 +201,9 @@ class _Stage:
 
         if self.settings.gradient_checkpointing:
             enable_checkpointing(self.model, self.settings)
+        if self.own_data:
+            for policy in self.policies:
+                self.train_set = policy.prepare(self.train_set, self.ctx)
         self.cached = getattr(getattr(self.model, "config", None), "use_cache", None)
         self.adapters = set(getattr(self.model, "peft_config", {}))
         self.trainer = self._trainer()
@@ -254,8 +263,10 @@ class _Stage:
         if self.collator is None:
             raise TypeError("a supervised objective needs a collator")
         lengths = lengths_of(self.train_set) if settings.tokens is not None or settings.probe else []
+        self._open_streams()
         stream = RowStream(len(self.train_set), settings.seed)
         total = self._total_steps(stream, lengths)
+        self.ctx.batch = settings.batch
         trainer.setup_components(total)
         samplers = [
             p.sampler(trainer.states[f"data.{i}"], self.train_set, self.ctx) for i, p in enumerate(self.policies)
@@ -271,6 +282,19 @@ class _Stage:
         trainer.args.max_steps, trainer.args.num_train_epochs = total, 1
         trainer.args.gradient_accumulation_steps = self.batches.accumulation
         trainer.args.per_device_train_batch_size = trainer._train_batch_size = self.batches.micro
+
+    def _open_streams(self) -> None:
+        """Tell components of the tasks, and give them the further rows as batches."""
+        assert self.collator is not None
+        trainer, wanted = self.trainer, {"train": self.train_set, **self.streams}
+        if self.eval_set is not None and len(self.eval_set):
+            wanted["validation"] = self.eval_set
+        self.ctx.tasks = tuple(_tasks_of(self.train_set))
+
+        def place(batch: Any) -> Any:
+            return trainer.through_policies(trainer._prepare_inputs(batch), training=False)
+
+        self.ctx.streams = {name: RowSource(rows, self.collator, place) for name, rows in wanted.items()}
 
     def _total_steps(self, stream: RowStream, lengths: Sequence[int]) -> int:
         settings = self.settings
@@ -289,9 +313,13 @@ class _Stage:
             remembered = read_json(kept)
             self.probe = Probe(**remembered)
             return self.probe.micro
-        self.probe = choose_micro_batch(
-            self.trainer, self.train_set, self.eval_set, lengths, self.collator, self.settings
-        )
+        self.trainer.probing = True
+        try:
+            self.probe = choose_micro_batch(
+                self.trainer, self.train_set, self.eval_set, lengths, self.collator, self.settings
+            )
+        finally:
+            self.trainer.probing = False
         if is_main():
             write_json(kept, self.probe.as_json())
         barrier()
@@ -317,7 +345,9 @@ class _Stage:
         for i in range(len(self.train_set)):
             example = self.train_set[i]
             if hasattr(example, "get"):
-                known[int(example.get("sample_id", i))] = str(example.get("row_id", i))
+                held, names = example.get("sample_ids", [example.get("sample_id", i)]), example.get("row_ids")
+                for j, sample in enumerate(held):  # a packed example holds several rows
+                    known[int(sample)] = str(names[j] if names is not None else example.get("row_id", i))
         return [known.get(i, str(i)) for i in ids]
 
     # ---- running
@@ -378,3 +408,17 @@ class _Stage:
             seconds=self.hooks.clock.seconds,
             machine=machine(),
         )
+
+
+def _tasks_of(examples: Any) -> list[str]:
+    """Names of the tasks by number, up to the highest number that an example has."""
+    numbers = getattr(examples, "task_ids", None)
+    if numbers is not None:
+        return list(examples.tasks)[: int(max(numbers, default=-1)) + 1]
+    names: dict[int, str] = {}
+    for i in range(len(examples)):
+        example = examples[i]
+        if hasattr(example, "get"):
+            number = int(example.get("task_id", 0))
+            names.setdefault(number, str(example.get("task", number)))
+    return [names.get(k, str(k)) for k in range(max(names, default=-1) + 1)]

@@ -1,6 +1,16 @@
 """Objectives: what is minimised. Importing this package registers the built-in kinds."""
 
-from pegbox.objectives import asft, classification, policy, preference, token
+from pegbox.objectives import asft, classification, multitask, policy, preference, prior_terms, token
 from pegbox.objectives.base import OBJECTIVE, Objective
 
-__all__ = ["OBJECTIVE", "Objective", "asft", "classification", "policy", "preference", "token"]
+__all__ = [
+    "OBJECTIVE",
+    "Objective",
+    "asft",
+    "classification",
+    "multitask",
+    "policy",
+    "preference",
+    "prior_terms",
+    "token",
+]

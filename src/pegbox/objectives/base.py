@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -11,7 +12,23 @@ from pegbox.parts.component import Axis, Component
 from pegbox.parts.context import Context
 from pegbox.parts.view import Batch, ModelView
 
-__all__ = ["OBJECTIVE", "Objective"]
+__all__ = ["OBJECTIVE", "Objective", "StepView"]
+
+
+@dataclass(frozen=True)
+class StepView:
+    """One optimizer step as an objective sees it around its update.
+
+    Args:
+        view: the model. batches: this process's micro-batches, on the device. totals: the step's denominators.
+        step: finished steps. sum_over_ranks: a tensor's sum over the processes.
+    """
+
+    view: ModelView
+    batches: Sequence[Batch]
+    totals: Mapping[str, Tensor]
+    step: int = 0
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 class Objective(Component):
@@ -24,12 +41,19 @@ class Objective(Component):
 
     host: ClassVar[Literal["supervised", "preference", "policy", "own_loop"]] = "supervised"
     has_value: ClassVar[bool] = True  # a scalar exists that `losses` is the gradient of (zeroth order needs it)
+    fixed_value: ClassVar[bool] = True  # that scalar is one function of the weights during a step (zeroth order too)
     needs_reference: ClassVar[bool] = False
     needs_causal_model: ClassVar[bool] = True
 
     def setup(self, ctx: Context) -> Any:
         """Mutable state (an nn.Module or a dataclass with state_dict/load_state_dict), or None."""
         return None
+
+    def before_step(self, state: Any, step: StepView) -> None:
+        """Told of a step before its first forward; no gradient, and random state is put back afterwards."""
+
+    def after_step(self, state: Any, step: StepView) -> None:
+        """Told when the weights have moved, likewise: for what is measured between steps."""
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Denominators of this batch, before any forward, as float64 scalars, e.g. {"tokens": 37}."""

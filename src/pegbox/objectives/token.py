@@ -24,10 +24,10 @@ from pegbox.objectives.references import head_parameters
 from pegbox.objectives.terms import TERM, Term, TokenTerm, WeightTerm
 from pegbox.objectives.token_losses import TOKEN, Sft, TokenLoss
 from pegbox.parts.context import Context
-from pegbox.parts.tokens import score, shift, walk
+from pegbox.parts.tokens import score, shift, walk, walk_each
 from pegbox.parts.view import Batch, ModelView
 
-__all__ = ["PerToken", "Tokens", "TokensState", "row_weights", "sample_means", "valid_tokens"]
+__all__ = ["PerToken", "Tokens", "TokensState", "row_weights", "sample_means", "samples_of", "valid_tokens"]
 
 RARE = 0.01  # tokens less likely than this are counted: DFT hardly learns them
 
@@ -50,7 +50,7 @@ class TokensState:
 class PerToken:
     """What the walk gives: the summed loss, with its graph, and (n,) readings, valid tokens in row-major order."""
 
-    loss: Tensor  # scalar, the rows' weights included
+    loss: Tensor  # scalar, the rows' weights included; or (n,), one per token
     logp: Tensor
     terms: list[Tensor]
     ref_logp: Tensor | None
@@ -70,7 +70,7 @@ def valid_tokens(batch: Batch) -> Tensor:
 def row_weights(batch: Batch, valid: Tensor) -> Tensor | None:
     """(n,) the weight of each valid token's sample; None where the batch has none."""
     weights = batch.get("sample_weight")
-    return None if weights is None else weights.to(valid.device)[_sample_of(batch, valid)]
+    return None if weights is None else weights.to(valid.device)[samples_of(batch, valid)]
 
 
 def sample_means(values: Tensor, sample: Tensor, count: int) -> Tensor:
@@ -79,7 +79,7 @@ def sample_means(values: Tensor, sample: Tensor, count: int) -> Tensor:
     return total / values.new_zeros(count).index_add_(0, sample, torch.ones_like(values)).clamp(min=1)
 
 
-def _sample_of(batch: Batch, valid: Tensor) -> Tensor:
+def samples_of(batch: Batch, valid: Tensor) -> Tensor:
     """(n,) which entry of `sample_ids` each valid token belongs to: its row, or its packed sequence."""
     rows = batch.get("sequence_ids")
     if rows is None:
@@ -131,8 +131,8 @@ class Tokens(Objective):
 
     # ---- in parts, for objectives that are made of this one ----
 
-    def per_token(self, view: ModelView, batch: Batch, ref: Any) -> PerToken:
-        """Walk over the valid tokens: one forward of the model, each tile's logits once."""
+    def per_token(self, view: ModelView, batch: Batch, ref: Any, *, each: bool = False) -> PerToken:
+        """Walk over the valid tokens: one forward of the model, each tile's logits once. `each`: losses stay apart."""
         targets, valid = view.targets(batch)
         hidden = view.hidden(batch)
         valid = valid.to(hidden.device)
@@ -146,10 +146,11 @@ class Tokens(Objective):
             return loss if weights is None else loss * weights[part].to(loss), *readings
 
         vocabulary, trained = int(getattr(view, "vocabulary", 1 << 15)), head_parameters(view)
-        loss, logp, *rest = walk(rows, fold, vocabulary=vocabulary, parameters=trained, chunk=self.chunk)
+        over = walk_each if each else walk
+        loss, logp, *rest = over(rows, fold, vocabulary=vocabulary, parameters=trained, chunk=self.chunk)
         values, ref_logp = rest[: len(terms)], rest[len(terms)] if len(rest) > len(terms) else None
         samples = 0 if batch.get("sample_ids") is None else len(batch["sample_ids"])
-        sample = _sample_of(batch, valid) if samples else None
+        sample = samples_of(batch, valid) if samples else None
         return PerToken(loss, logp, values, ref_logp, weights, sample, samples)
 
     def _fold(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pegbox.errors import BadInput
 from pegbox.parts.component import Axis, Component
 from pegbox.parts.context import Context
 
@@ -22,10 +23,15 @@ class Problem(Protocol):
     """ONE optimizer step, all its micro-batches. An estimator sees this and never the trainer."""
 
     micro: int  # number of micro-batches
+    batches: Sequence[Mapping[str, Any]]  # them, on the device
+    model: nn.Module
     params: dict[str, nn.Parameter]  # trained parameters by name, tied ones once, in named_parameters order
 
     def losses(self, i: int) -> Iterator[tuple[str, Tensor]]:
         """The objective's named losses on micro-batch i, with graph."""
+
+    def apart(self, i: int, among: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        """The objective's named losses on micro-batch i as if `among` were the whole step, with graph; randomness goes on."""
 
     def value(self) -> float:
         """The step's loss over all micro-batches and ranks, no graph. Raises `RunFailed` if not finite."""
@@ -56,6 +62,8 @@ class Step(Component):
     needs_backward: ClassVar[bool] = True
     needs_value: ClassVar[bool] = False  # works on the objective's value (zeroth order)
     frees_gradients_early: ClassVar[bool] = False
+    needs_episodes: ClassVar[bool] = False  # learns from batches that say which episode they are of
+    exchanges_parameters: ClassVar[bool] = False  # runs forwards with other tensors in the parameters' places
     keeps: ClassVar[frozenset[str]] = frozenset()  # of each entry: "moments"; of each matrix: "rows_columns"
     leaves: ClassVar[str | None] = None  # the kind of artefact part that `save` writes, e.g. "data"
 
@@ -63,7 +71,19 @@ class Step(Component):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["linear", "cosine", "constant", "cosine_floor_linear"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # fraction of all steps
+    floor: Annotated[float, Field(ge=0, lt=1)] | None = None  # what linear and cosine end at, as a share of lr; None: 0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the step differentiates through gradient steps."""
+        return False
+
+    @model_validator(mode="after")
+    def _floor_has_a_use(self) -> Self:
+        if self.floor is not None and self.schedule == "constant":
+            raise BadInput("optim.floor is where schedules end that fall; a constant one has no use for it.")
+        return self
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over parameter groups (each with "params", maybe "lr", "weight_decay")."""
@@ -73,7 +93,9 @@ class Step(Component):
         """The multiplier of the peak rate at each finished step (for `LambdaLR`)."""
         from pegbox.parts import schedules
 
-        return schedules.factor(self.schedule, total_steps, self.warmup)
+        if self.floor is None:
+            return schedules.factor(self.schedule, total_steps, self.warmup)
+        return schedules.factor(self.schedule, total_steps, self.warmup, floor=self.floor)
 
     def setup(self, ctx: Context) -> Any:
         """State with state_dict/load_state_dict (tensors and plain values), or None."""

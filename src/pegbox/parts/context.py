@@ -36,6 +36,9 @@ class Context:
         roles: other models of the run by role ("teacher", "reward"), loaded on first use.
         gather: (a selector's request, the running optimizer) -> its statistics on the model as it is now; None where
             nothing can be gathered while training.
+        tasks: names of the training rows' tasks, in the order of their numbers; () where nobody knows.
+        streams: rows by name ("train", "validation", and what data policies ask for) as `parts.rowsource.RowSource`s.
+        batch: rows per optimizer step (0 where nothing trains). round: which round of a run of rounds this is.
         folder_of: a finished stage's name -> the folder of its artefact; None outside a run of stages.
     """
 
@@ -47,7 +50,11 @@ class Context:
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     roles: Mapping[str, nn.Module] = field(default_factory=dict)
     gather: Callable[[Any, Any], Mapping[str, Any] | None] | None = None
+    tasks: tuple[str, ...] = ()
+    streams: Mapping[str, Any] = field(default_factory=dict)
     folder_of: Callable[[str], Path] | None = None
+    batch: int = 0
+    round: int = 0
 
     @property
     def device(self) -> torch.device:

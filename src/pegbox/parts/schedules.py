@@ -1,7 +1,7 @@
 """Learning-rate schedules as pure functions: the multiplier of the peak rate after t finished steps of S.
 
-    linear                t <= w: t / w;  then (S - t) / (S - w)
-    cosine                t <= w: t / w;  then (1 + cos(pi (t - w) / (S - w))) / 2
+    linear                t <= w: t / w;  then m + (1 - m) (S - t) / (S - w)
+    cosine                t <= w: t / w;  then m + (1 - m) (1 + cos(pi (t - w) / (S - w))) / 2
     cosine_floor_linear   t <= w: t / w;  then cosine down to the floor m at step c = 0.6 S;  then m (S - t) / (S - c)
 
 The last one is the schedule of the MetaMath and MAmmoTH runs of Masked Thought (arXiv:2403.02178). Whoever builds a
@@ -34,19 +34,19 @@ def constant(step: int, total: int, warmup: int = 0) -> float:
     return 1.0 if ramp is None else ramp
 
 
-def linear(step: int, total: int, warmup: int = 0) -> float:
-    """From 1 at the end of the warm-up straight to 0 at `total`."""
+def linear(step: int, total: int, warmup: int = 0, *, floor: float = 0.0) -> float:
+    """From 1 at the end of the warm-up straight to `floor` at `total`."""
     ramp = _ramp(step, warmup)
-    return max(0.0, (total - step) / max(1, total - warmup)) if ramp is None else ramp
+    return floor + (1 - floor) * max(0.0, (total - step) / max(1, total - warmup)) if ramp is None else ramp
 
 
-def cosine(step: int, total: int, warmup: int = 0) -> float:
-    """Half a cosine from 1 at the end of the warm-up to 0 at `total`."""
+def cosine(step: int, total: int, warmup: int = 0, *, floor: float = 0.0) -> float:
+    """Half a cosine from 1 at the end of the warm-up to `floor` at `total`."""
     ramp = _ramp(step, warmup)
     if ramp is not None:
         return ramp
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def cosine_floor_linear(

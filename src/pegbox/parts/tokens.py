@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from pegbox.errors import BadInput
 
-__all__ = ["IGNORE", "Scores", "k3", "score", "shift", "tile_rows", "walk"]
+__all__ = ["IGNORE", "Scores", "k3", "score", "shift", "tile_rows", "walk", "walk_each"]
 
 IGNORE = -100
 TILE = {"cpu": 1 << 22, "other": 1 << 24}  # logits in one tile: small ones stay in reused memory on a CPU
@@ -223,6 +223,66 @@ def walk(
         return _Tiles.apply(fold, slices, rows, *trained)
     losses, *joined = (torch.cat(column) for column in zip(*(fold(rows[s], s) for s in slices)))
     return losses.sum(), *joined
+
+
+def walk_each(
+    rows: Tensor, fold: Fold, *, vocabulary: int, parameters: Sequence[Tensor] | None = (), chunk: int | None = None
+) -> tuple[Tensor, ...]:
+    """As `walk`, but the losses stay one per row, with their graph: for what is no sum of them (N,).
+
+    With a frozen head each row's gradient is kept and scaled in the backward pass; over a trained head that doesn't go
+    through at once, the backward pass makes each tile's logits again.
+    """
+    trained = [p for p in parameters or () if p.requires_grad]
+    graph = torch.is_grad_enabled() and (rows.requires_grad or bool(trained) or parameters is None)
+    size = chunk or tile_rows(vocabulary, rows.device.type, bool(trained))
+    few = chunk is None and bool(trained) and rows.shape[0] * vocabulary <= AT_ONCE
+    if rows.shape[0] <= size or (graph and (few or parameters is None)):
+        return fold(rows, slice(0, rows.shape[0]))
+    slices = [slice(i, min(i + size, rows.shape[0])) for i in range(0, rows.shape[0], size)]
+    if graph:
+        return _EachTile.apply(fold, slices, rows, *trained)
+    return tuple(torch.cat(column) for column in zip(*(fold(rows[s], s) for s in slices)))
+
+
+class _EachTile(torch.autograd.Function):
+    """One loss per row over tiles. Without trained parameters the rows' gradients are taken in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, fold: Fold, slices: list[slice], rows: Tensor, *parameters: Tensor) -> Any:
+        ctx.fold, ctx.slices, ctx.again = fold, slices, bool(parameters)
+        for_rows = None if ctx.again else torch.empty_like(rows)
+        losses, readings = [], []
+        for s in slices:
+            with torch.set_grad_enabled(not ctx.again):
+                tile = rows[s].detach().requires_grad_(not ctx.again)
+                loss, *read = fold(tile, s)
+                if for_rows is not None:
+                    (for_rows[s],) = torch.autograd.grad(loss.sum(), [tile])
+            losses.append(loss.detach())
+            readings.append(read)
+        ctx.save_for_backward(rows if ctx.again else for_rows, *parameters)
+        joined = tuple(torch.cat(column) for column in zip(*readings))
+        ctx.mark_non_differentiable(*joined)
+        return torch.cat(losses), *joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
+        kept, *parameters = ctx.saved_tensors
+        if not ctx.again:
+            return None, None, kept * grad[:, None].to(kept.dtype)
+        first = torch.empty_like(kept)
+        sums: list[Tensor | None] = [None] * len(parameters)
+        for s in ctx.slices:
+            with torch.enable_grad():
+                tile = kept[s].detach().requires_grad_()
+                loss = ctx.fold(tile, s)[0]
+                grads = torch.autograd.grad(loss, [tile, *parameters], grad[s].to(loss.dtype), allow_unused=True)
+            first[s] = 0 if grads[0] is None else grads[0]
+            sums = [_added(total, found) for total, found in zip(sums, grads[1:])]
+        rest = [None if t is None else t.to(p.dtype) for t, p in zip(sums, parameters)]
+        return (None, None, first, *rest)
 
 
 class _Tiles(torch.autograd.Function):

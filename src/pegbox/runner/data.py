@@ -81,10 +81,24 @@ class RunData:
             self._encoded[key] = self.encode(self.rows(use), task, tokenizer)
         return self._encoded[key]
 
+    def other(self, source: Any) -> list[Row]:
+        """All rows of a further source, read as this run's are."""
+        given = source if isinstance(source, list | tuple) else [source]
+        return list(load_rows([_grouped(v, self.settings.group) for v in given], format=self.settings.format).rows)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the rows' tasks in the order of their numbers: the training rows' first, each part sorted."""
+        trained = {row.task for row in self.rows("train")}
+        others = {row.task for use in ("validation", "test") for row in self.rows(use)} - trained
+        return [*sorted(trained), *sorted(others)]
+
     def encode(self, rows: Sequence[Row], task: Task, tokenizer: Any) -> Any:
         """Any rows, under this run's settings."""
         s = self.settings
         options: dict[str, Any] = {"template": s.template, "train_on": s.train_on, "max_length": s.max_length}
+        if len(self.tasks) > 1:
+            options["task_names"] = self.tasks
         if self.labels:
             options["label_names"] = [str(label) for label in self.labels]
         return task.encode(rows, tokenizer, cache=True, **options)

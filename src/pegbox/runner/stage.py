@@ -111,6 +111,7 @@ class StageJob:
             evaluator=self._evaluator(tokenizer),
             resume=self.resume,
             rewards=self._rewards() if host == "policy" else (),
+            streams=self._streams(tokenizer) if host == "supervised" else None,
             identity={"recipe": self.recipe.digest(), "base": self.root.fingerprint, "data": self.data.digests()},
             selection_digest=allocation.digest() if allocation is not None else None,
         )
@@ -159,6 +160,14 @@ class StageJob:
 
         return Dataset.from_list(preference_records(rows) if host == "preference" else _prompts(rows))
 
+    def _streams(self, tokenizer: Any) -> dict[str, Any]:
+        """What the data policies draw from beside the training rows, encoded like those."""
+        found: dict[str, Any] = {}
+        for policy in self.recipe.data:
+            for name, source in policy.sources().items():
+                found[name] = self.data.encode(self.data.other(source), self.recipe.task, tokenizer)
+        return found
+
     def _evaluator(self, tokenizer: Any) -> Callable[[nn.Module], Mapping[str, float]] | None:
         score = self.evaluator
         return None if score is None else lambda model: score(model, tokenizer)
@@ -179,7 +188,13 @@ class StageJob:
         return {"packing": self.spec.rows.packing, "max_length": self.spec.rows.max_length}
 
     def _context(self, model: nn.Module, tokenizer: Any) -> Context:
-        return Context(model=model, seed=self.spec.seed, tokenizer=tokenizer, folder_of=self.folder_of)
+        return Context(
+            model=model,
+            seed=self.spec.seed,
+            tokenizer=tokenizer,
+            folder_of=self.folder_of,
+            round=int(self.patch.get("round", 0)),
+        )
 
     def _roles(self, model: nn.Module, tokenizer: Any, ctx: Context) -> Mapping[str, nn.Module]:
         """The recipe's other models, each base loaded once, on first use."""

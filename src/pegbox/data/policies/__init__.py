@@ -1,5 +1,5 @@
 """Data policies. Importing this package registers the built-in kinds."""
 
-from pegbox.data.policies import corruption
+from pegbox.data.policies import corruption, episodes, layout, mixture
 
-__all__ = ["corruption"]
+__all__ = ["corruption", "episodes", "layout", "mixture"]
