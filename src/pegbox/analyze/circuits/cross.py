@@ -1,8 +1,8 @@
 """Cross-model activation patching: a fine-tuned model's activations in its base, to see where the gain sits.
 
     output: the chosen heads' slices at their positions := the tuned model's, same prompt
-    input (q, k, v): the chosen heads' q at their position, or k / v up to it := the tuned model's, while all heads'
-        outputs before the last token stay at the base's own, so that the read-out alone changes
+    input (q, k, v): the chosen heads' q at their position, or k / v before it := the tuned model's, while all heads'
+        outputs before the first such position stay at the base's own, so that the read-out alone changes
 
 Prakash et al., arXiv:2402.14811, section 5. The two models have one shape; one model with its adapters on and off is
 such a pair (see `parts/pairs.py`).
@@ -41,12 +41,12 @@ def cross_logits(
     view.check(dict.fromkeys(head for _, head in members))
     if mode == "output":
         return last_logits(view, prompts, [_at(view, prompts, donor, "o", member) for member in members])
-    before = torch.arange(prompts.width - 1, device=prompts.ids.device).expand(len(prompts), -1)
     own = own or capture(view, prompts, ("o",))
-    edits = [Patch(view.site("o", n), own["o", n][:, :-1], before) for n in range(view.layers) if prompts.width > 1]
+    first = torch.stack([prompts.at(position) for position, _ in members]).min(0).values
+    edits: list[Patch] = [_Before(view.site("o", n), own["o", n], first) for n in range(view.layers)]
     for kind in kinds:
         for member in members:
-            edits.append(_at(view, prompts, donor, kind, member) if kind == "q" else _upto(view, prompts, donor, kind, member))
+            edits.append((_at if kind == "q" else _before)(view, prompts, donor, kind, member))
     return last_logits(view, prompts, edits)
 
 
@@ -64,21 +64,21 @@ def _at(view: HeadView, prompts: Prompts, donor: Cache, kind: str, member: Membe
     return Patch(site, taken(donor[kind, head.layer][rows, tokens], site), tokens)
 
 
-class _Upto(Patch):
-    """Every token up to each row's own."""
+class _Before(Patch):
+    """Every token before each row's own."""
 
     def __call__(self, x: Tensor) -> Tensor:
         assert self.tokens is not None
         every = torch.arange(x.shape[1], device=x.device)
-        inside = (every <= self.tokens[:, None])[..., None]
+        inside = (every < self.tokens[:, None])[..., None]
         new = torch.where(inside, self.values.to(x.dtype), taken(x, self.site))
         return Patch(self.site, new)(x)
 
 
-def _upto(view: HeadView, prompts: Prompts, donor: Cache, kind: str, member: Member) -> Patch:
+def _before(view: HeadView, prompts: Prompts, donor: Cache, kind: str, member: Member) -> Patch:
     position, head = member
     site = view.site(kind, head.layer, head.head)
-    return _Upto(site, taken(donor[kind, head.layer], site), prompts.at(position))
+    return _Before(site, taken(donor[kind, head.layer], site), prompts.at(position))
 
 
 @torch.no_grad()
