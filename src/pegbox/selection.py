@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,9 +20,9 @@ def show_selection(
 ) -> dict[str, Any]:
     """Make the recipe's selection on the model (with calibration rows where it needs statistics) and count it.
 
-    Returns {"trained", "total", "tensors", "by_operation": {name: count}, "by_block": {number: count}, "outside"}, and
-    "flops" where the selection spends FLOPs: the shares of full training asked for, planned and counted, and where the
-    planned ones go.
+    Returns {"trained", "total", "tensors", "inside" (the entries of these tensors), "by_operation": {name: count},
+    "by_block": {number: count}, "outside"}, and "flops" where the selection spends FLOPs: the shares of full training
+    asked for, planned and counted, and where the planned ones go.
     """
     from pegbox.parts.plugins import load_plugins
     from pegbox.run import build_spec
@@ -38,16 +39,19 @@ def show_selection(
 def by_place(allocation: Any, model: Any) -> dict[str, Any]:
     """Count an allocation's weights by operation and by block."""
     from pegbox.parts.anatomy import Anatomy
+    from pegbox.parts.packed import full_shape
 
     anatomy = Anatomy.of(model)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: full_shape(p) for name, p in model.named_parameters()}  # of packed ones too
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     counts = {name: n for name, n in allocation.trained(shapes).items() if n}
     placed = _placed(counts, anatomy)
     flops = _flops(allocation.facts, anatomy)
     return {
         "trained": sum(counts.values()),
-        "total": sum(p.numel() for p in model.parameters()),
+        "total": sum(sizes.values()),
         "tensors": len(counts),
+        "inside": sum(sizes[name] for name in counts),
         **placed,
         **({"flops": flops} if flops else {}),
     }
@@ -93,8 +97,10 @@ def table(found: dict[str, Any]) -> Any:
     from rich.text import Text
 
     share = found["trained"] / max(found["total"], 1)
+    inside = found["trained"] / max(found["inside"], 1)
     head = Text(
         f"{found['trained']:,} of {found['total']:,} weights train ({share:.2%}), in {found['tensors']} tensors"
+        f" ({inside:.2%} of these)"
     )
     parts: list[Any] = [head, *_bars(found)]
     if "flops" in found:

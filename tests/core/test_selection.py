@@ -29,6 +29,8 @@ def test_counts_by_operation_and_block(found):
     assert found["outside"] == 32
     assert found["grid"] == {"up_proj": {0: 195, 1: 7}}
     assert found["trained"] == 234
+    assert found["inside"] == 2 * 32 * 64 + 32  # of the tensors that something was chosen from
+    assert found["total"] == sum(p.numel() for p in tiny_llama().parameters())
     assert table(found)
 
 

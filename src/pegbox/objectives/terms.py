@@ -51,6 +51,8 @@ class Term(Component):
 
     weight: Weight = 0.1
 
+    on_weights: ClassVar[bool] = False  # acts on the weights themselves, not on tokens
+
     @property
     def needs_reference(self) -> bool:
         """Whether a reference model is run."""
@@ -83,6 +85,8 @@ class TokenTerm(Term):
 
 class WeightTerm(Term):
     """A term over parameters."""
+
+    on_weights: ClassVar[bool] = True
 
     def penalty(self, state: Any, model: nn.Module) -> Tensor:
         """The whole term, `weight` included."""
@@ -281,10 +285,11 @@ class NuclearNorm(WeightTerm):
         """The norm, and a subgradient of it in the shape of the parameter."""
         value, slope = nuclear_norm(matrix_of(p, self.of))
         info = info_of(p)
-        return value, slope.view(p.shape) if info is None else slope.reshape(-1)[info.index().long()]
+        kept = slope.reshape(-1) if info is None else slope.reshape(-1)[info.index().long()]
+        return value, kept.view(p.shape)
 
     def _eligible(self, model: nn.Module) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, p in model.named_parameters():
             info = info_of(p)
             shape = tuple(p.shape) if info is None else info.shape
@@ -309,7 +314,7 @@ def matrix_of(p: Tensor, of: str = "weights") -> Tensor:
     info = info_of(p)
     if info is None:
         return p.detach().reshape(matrix_shape(tuple(p.shape)))
-    values = p.detach()
+    values = p.detach().reshape(-1)
     if of == "weights" and info.coordinates == "delta":
         values = values + info.reference()
     if of == "change" and info.coordinates == "absolute":

@@ -5,8 +5,8 @@
     after `progressive_iter` updates:  M <- M and {|P| < theta};  what leaves keeps its value
 
 "SaRA" (arXiv:2409.06633). `sara_adamw(model)` is a `torch.optim.Optimizer`: the one line to change in anybody's loop,
-for any tensors (convolutions, norms, biases, embeddings, tied weights), with gradients, moments and their reduction of
-size |M|, and the forward the model's own. It does not attach an adapter; in a recipe the same is `select: smallest` over
+for any tensors (convolutions, norms, biases, embeddings, tied weights), with gradients and moments of size |M|, and the
+forward the model's own. It does not attach an adapter; in a recipe the same is `select: smallest` over
 the sparse tuner. Its files are in `parts/values.py`. Beside the official code: decision 0122.
 """
 
@@ -43,8 +43,8 @@ def default_rate(theta: float) -> float:
 class Leaf:
     """What trains of one parameter.
 
-    index: (k,) sorted flat positions. base: (k,) what was there before. values: the leaf, float32 or wider. left, learnt,
-    before: positions that trained once, what they learnt, and what was there before.
+    index: (k,) sorted flat positions. base: (k,) what was there before. values: the leaf, float32 or wider. left,
+    learnt, before: positions that trained once, what they learnt, and what was there before.
     """
 
     name: str
@@ -118,7 +118,7 @@ class SparseAdamW(torch.optim.AdamW):
         }
         super().__init__([leaf.values for leaf in self.leaves.values()], **options)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

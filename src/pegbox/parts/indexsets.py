@@ -199,13 +199,23 @@ def top_entries(score: Tensor, count: int) -> Tensor:
         return everything(flat.numel(), flat.device)
     if count <= 0:
         return torch.empty(0, dtype=index_dtype(flat.numel()), device=flat.device)
-    threshold = torch.topk(flat, count, sorted=True).values[-1]
+    threshold = _kth_largest(flat, count)
     above = flat > threshold
     missing = count - int(above.sum())
     if missing:
         at = (flat == threshold).nonzero().flatten()[:missing]
         above[at] = True
     return from_mask(above)
+
+
+def _kth_largest(flat: Tensor, count: int) -> Tensor:
+    """The `count`-th largest number; on a CPU by partition, in linear time and a copy's memory."""
+    if flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.float64):
+        return torch.topk(flat, count, sorted=True).values[-1]
+    numbers = flat.detach().numpy().copy()
+    place = numbers.size - count
+    numbers.partition(place)
+    return torch.as_tensor(numbers[place], dtype=flat.dtype)
 
 
 def row_top(score: Tensor, count: int) -> Tensor:

@@ -52,7 +52,7 @@ def per_entry(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, shape: 
             " Use a 32-bit optimizer, or a selection that does not move."
         )
     wanted = parameter.shape if shape is None else shape
-    shared = getattr(optimizer, "shared_state", frozenset())
+    shared: frozenset[str] = getattr(optimizer, "shared_state", frozenset())
     found = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == wanted]
     return [key for key in found if key not in shared]
 

@@ -9,6 +9,7 @@ no trace runs under `paused()`. What this does not know: layers, optimizers, why
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -119,9 +120,11 @@ def _sampled(index: Tensor, a: Tensor, b: Tensor) -> Tensor:
     wide = index.long()
     crow = torch.searchsorted(wide, torch.arange(rows + 1, device=index.device) * columns)
     zeros = torch.zeros(index.numel(), dtype=a.dtype, device=index.device)
-    pattern = torch.sparse_csr_tensor(
-        crow.int(), (wide % columns).int(), zeros, size=(rows, columns), check_invariants=False
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            crow.int(), (wide % columns).int(), zeros, size=(rows, columns), check_invariants=False
+        )
     return torch.sparse.sampled_addmm(pattern, a, b, beta=0.0).values()
 
 

@@ -93,6 +93,9 @@ class Selector(Component):
 
     # ---- moving while training: when, what has to be seen for it, and where to
 
+    def begin(self, total: int) -> None:
+        """Told how many updates there will be, before the first: to refuse, or to warn that nothing will move."""
+
     def due(self, step: int, total: int) -> bool:
         """Whether entries move after `step` of `total` finished updates, before the next one.
 

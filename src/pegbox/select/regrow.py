@@ -26,7 +26,7 @@ from torch import Tensor
 from pegbox.errors import BadInput, RunFailed, Unsupported
 from pegbox.parts.allocation import Allocation, Entries
 from pegbox.parts.context import seed_of
-from pegbox.parts.indexsets import Budget, index_dtype, locate, numel, random_entries
+from pegbox.parts.indexsets import Budget, index_dtype, locate, numel, random_entries, top_entries
 from pegbox.parts.moves import Held, Relocation, Seeds, inactive, replaced
 from pegbox.parts.packed import whole_count
 from pegbox.select.base import SELECT, Selector
@@ -287,7 +287,8 @@ def by_momentum(index: Tensor, values: Tensor, n: int, rows: Tensor, columns: Te
     n = min(n, rows.numel() * columns.numel() - index.numel())
     score = torch.outer(rows, columns).view(-1)
     score[index.long()] = -1.0  # R and C are not negative, so these come last
-    grown = score.topk(n).indices.to(index.dtype)
+    best = top_entries(score, n)
+    grown = best[score[best.long()].argsort(descending=True, stable=True)].to(index.dtype)
     return Exchange(index[values.abs().argsort(stable=True)[:n]], grown)
 
 

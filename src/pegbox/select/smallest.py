@@ -1,4 +1,4 @@
-"""The smallest weights of a whole model train, whatever tensors they are in; half-way those that have grown stay behind.
+"""The smallest weights of a whole model train, whatever tensors they are in; half-way those that have grown stop.
 
     M = {|w0| < theta},   theta one number for all tensors (or the q-quantile of |w0|)
     after the first stage:   M <- M and {|w| < theta};   what leaves M keeps the value it has learnt
