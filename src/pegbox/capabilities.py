@@ -304,6 +304,43 @@ def policies_need_rows(recipe: Recipe, facts: Facts) -> str | None:
 
 
 @rule
+def weights_moved_by_data(recipe: Recipe, facts: Facts) -> str | None:
+    moving = [policy.kind for policy in recipe.data if type(policy).moves_weights]
+    if not moving:
+        return None
+    if recipe.prepare:
+        return (
+            f"data policy '{moving[0]}' puts differences onto the base they were made on, and prepare "
+            f"'{recipe.prepare[0].kind}' rewrites it first; leave one of them out."
+        )
+    if _quantized(recipe, facts) or facts.sharded or facts.offloaded:
+        return (
+            f"data policy '{moving[0]}' adds differences to the base's weights, which must be whole, floating and in "
+            "memory here (precision: fp32 or bf16, DDP instead of FSDP)."
+        )
+    pulls = [term.kind for term in getattr(recipe.objective, "terms", ()) if type(term).on_weights]
+    if pulls and type(recipe.tuner).part_kind == "delta":
+        return (
+            f"term '{pulls[0]}' would see the differences that data policy '{moving[0]}' puts onto the weights it "
+            "holds. Use tuner: sparse, whose trained values are apart from them, or leave the term out."
+        )
+    return None
+
+
+@rule
+def views_are_made(recipe: Recipe, facts: Facts) -> str | None:
+    made = frozenset[str]().union(*(policy.view_names for policy in recipe.data))
+    missing = sorted(set(recipe.objective.view_names) - made)
+    if missing:
+        return (
+            f"objective '{recipe.objective.kind}' reads the view{'s' if len(missing) > 1 else ''} {', '.join(missing)} "
+            "of each row, which no data policy makes. Add data: [{kind: views, templates: {NAME: TEXT}}], or leave the "
+            "view out of the objective."
+        )
+    return None
+
+
+@rule
 def preparations(recipe: Recipe, facts: Facts) -> str | None:
     packed = facts.quantized
     for part in recipe.prepare:

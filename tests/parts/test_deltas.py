@@ -205,3 +205,19 @@ def test_official_codings_decode_to_their_dense_matrices():
             piece = decode(coded)
             want = torch.from_numpy(data[f"sft/diff_dense/{name}"])
             torch.testing.assert_close(deltas.dense(piece).view(want.shape).double(), want, rtol=0, atol=1e-12)
+
+
+def test_a_difference_does_not_count_twice():
+    """Applied again without being reverted it is refused; on other tensors, reverted, or on purpose it is not."""
+    delta, here = sparse(seed=1), tensors()
+    before = {n: t.clone() for n, t in here.items()}
+    undo = deltas.apply(delta, here)
+    with pytest.raises(BadInput, match="stands on 'a.weight' already"):
+        deltas.apply(delta, here)
+    deltas.apply(delta, tensors())
+    twice = deltas.apply(delta, here, again=True)
+    deltas.revert(twice)
+    deltas.revert(undo)
+    assert equal(here, before)
+    deltas.revert(deltas.apply(delta, here))
+    assert equal(here, before)

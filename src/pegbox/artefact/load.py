@@ -49,6 +49,9 @@ def load_artefact(
     places = [place] if isinstance(place, str | Path) else list(place)
     if not places:
         raise BadInput("No artefact given.")
+    folders_given = [artefact_folder(p).resolve() for p in places]
+    if len(set(folders_given)) < len(places):
+        raise BadInput(f"An artefact is given twice and would count twice: {', '.join(map(str, places))}.")
     manifests = [read(p) for p in places]
     whole = _joined(manifests)
     model, tokenizer = _base(whole, base, device, precision, attn_implementation, trust_remote_code)

@@ -10,15 +10,17 @@ bfloat16 value; a dense piece has values only. What it does not do: know how a d
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pegbox.errors import BadInput, Corrupt, Unsupported, WrongBase, did_you_mean
 from pegbox.parts.indexsets import check_index, everything, from_mask, intersect, locate, numel, overlap, union
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 FORMAT, VERSION = "pegbox.delta", 1
+_ADDED: Any = WeakTensorKeyDictionary()  # tensor -> weak references to the pieces that stand on it
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,29 @@ class Delta(dict[str, Piece]):
 
 @dataclass(frozen=True)
 class Undo:
-    """What `apply` overwrote: (tensor, positions or None, entries before), in order."""
+    """What `apply` overwrote: (tensor, positions or None, entries before), in order; and what it added to which."""
 
     steps: tuple[tuple[Tensor, Tensor | None, Tensor], ...]
+    added: tuple[tuple[Tensor, Piece], ...] = ()
 
 
 # ---- on a model's tensors
 
 
 @torch.no_grad()
-def apply(delta: Delta, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Undo:
+def apply(delta: Delta, tensors: Mapping[str, Tensor], *, strict: bool = True, again: bool = False) -> Undo:
     """Write a difference into tensors (parameters by name), in place. `revert` puts everything back bit for bit.
 
-    Nothing is written if a name or shape does not fit. Raises `WrongBase`. strict=False leaves absent names out.
+    Nothing is written if a name or shape does not fit (`WrongBase`), or if this very difference already stands on the
+    tensors (`BadInput`), unless `again` allows it. strict=False leaves absent names out.
     """
     names = [name for name in delta if strict or name in tensors]
     for name in names:
         _check_place(name, delta[name], tensors)
+        if not again and any(known() is delta[name] for known in _ADDED.get(tensors[name], ())):
+            raise BadInput(
+                f"This difference stands on '{name}' already, and would count twice. Revert it first, or say again=True."
+            )
     steps: list[tuple[Tensor, Tensor | None, Tensor]] = []
     for name in names:
         piece, tensor = delta[name], tensors[name].detach()
@@ -109,7 +118,10 @@ def apply(delta: Delta, tensors: Mapping[str, Tensor], *, strict: bool = True) -
             flat.copy_(after)
         else:
             flat.scatter_(0, at, after)
-    return Undo(tuple(steps))
+    added = tuple((tensors[name], delta[name]) for name in names if delta[name].mode == "add")
+    for owner, one in added:
+        _ADDED[owner] = [*_ADDED.get(owner, ()), weakref.ref(one)]
+    return Undo(tuple(steps), added)
 
 
 @torch.no_grad()
@@ -120,6 +132,8 @@ def revert(undo: Undo) -> None:
             tensor.view(-1).copy_(before)
         else:
             tensor.view(-1).scatter_(0, at, before)
+    for owner, piece in undo.added:
+        _ADDED[owner] = [known for known in _ADDED.get(owner, ()) if known() is not piece]
 
 
 def _applied(before: Tensor, values: Tensor, mode: str) -> Tensor:

@@ -51,7 +51,9 @@ class Blocks:
         shares = [len(m) * w for m, w in zip(self.members, self.weights)]
         turn = 0
         while True:
-            order = [k for k, n in enumerate(shares) for _ in range((turn + 1) * n // self.size - turn * n // self.size)]
+            order = [
+                k for k, n in enumerate(shares) for _ in range((turn + 1) * n // self.size - turn * n // self.size)
+            ]
             generator = torch.Generator().manual_seed(seed_of(self.seed, "multi_source", turn))
             for place in torch.randperm(len(order), generator=generator).tolist():
                 yield from (next(rows[order[place]]) for _ in range(self.size))
@@ -156,8 +158,8 @@ class MultiSource(DataPolicy):
                 )
             if name not in self.parts:
                 raise BadInput(
-                    f"data.multi_source.parts says nothing of source '{name}'.{did_you_mean(name, self.parts)} Give null "
-                    "to train it on the bare weights."
+                    f"data.multi_source.parts says nothing of source '{name}'.{did_you_mean(name, self.parts)} Give "
+                    "null to train it on the bare weights."
                 )
         absent = [name for name in self.parts if name not in tasks]
         if absent:
