@@ -32,6 +32,20 @@ class DataPolicy(Component):
         encoded like the training rows and stand in `ctx.streams` from `setup` on."""
         return {}
 
+    @property
+    def view_names(self) -> frozenset[str]:
+        """Names of the other forms of a row that it can make."""
+        return frozenset()
+
+    def rewrite(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """The rows (`data.rows.Row`) in another wording, before they are encoded; the very same object if unchanged."""
+        return rows
+
+    def views(self, rows: Sequence[Any], names: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+        """Those of the forms `names` that it makes: rows with their ids and other messages. They are encoded alike,
+        and stand under `views` in the rows' examples and batches. Raises `BadInput` for a row without what is needed."""
+        return {}
+
     def prepare(self, dataset: Sequence[dict[str, Any]], ctx: Context) -> Sequence[dict[str, Any]]:
         """Filter, add or rewrite encoded examples before training."""
         return dataset

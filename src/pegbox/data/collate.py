@@ -8,7 +8,7 @@ gradient whether a model does); no sample's first token is predicted from the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class PaddingCollator:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, **_per_sample(examples)}
         if self.side == "left":
             batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return batch
+        return batch | _views(self, examples)
 
     def _place(self, length: int, width: int) -> slice:
         return slice(0, length) if self.side == "right" else slice(width - length, width)
@@ -106,6 +106,7 @@ class PackingCollator:
             "sequence_ids": owner,
             "use_cache": False,
             **_per_sample(examples),
+            **_views(self, examples),
         }
 
 
@@ -204,6 +205,14 @@ def _per_sample(examples: Sequence[Example]) -> dict[str, Tensor]:
         "sample_weight": torch.tensor([e.get("weight", 1.0) for e in examples], dtype=torch.float32),
         "task_ids": torch.tensor([e.get("task_id", 0) for e in examples], dtype=torch.int64),
     }
+
+
+def _views(collate: Callable[[list[Example]], dict[str, Any]], examples: Sequence[Example]) -> dict[str, Any]:
+    """The examples' other forms as batches of their own, by name; a form that no example has is left out."""
+    if not any("views" in e for e in examples):
+        return {}
+    names = dict.fromkeys(name for e in examples for name in e.get("views", {}))
+    return {"views": {name: collate([e["views"][name] for e in examples if name in e["views"]]) for name in names}}
 
 
 def _arranged_rows(rows: Sequence[Example], pad_id: int, multiple_of: int) -> dict[str, Any]:

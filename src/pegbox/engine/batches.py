@@ -43,20 +43,24 @@ def tokens_of(batch: Any) -> int:
     """Input tokens of a batch, padding left out."""
     if not hasattr(batch, "get"):
         return 0
+    others = sum(tokens_of(view) for view in (batch.get("views") or {}).values())
     owner = batch.get("sequence_ids")  # packed rows have no mask; padding belongs to nobody
     if isinstance(owner, Tensor):
-        return int((owner >= 0).sum())
+        return int((owner >= 0).sum()) + others
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor):
-        return int((mask != 0).sum())
+        return int((mask != 0).sum()) + others
     ids = batch.get("input_ids")
-    return ids.numel() if isinstance(ids, Tensor) else 0
+    return (ids.numel() if isinstance(ids, Tensor) else 0) + others
 
 
 def positions_of(batch: Any) -> int:
     """Input positions of a batch, padding included (rows where there are none)."""
-    ids = batch.get("input_ids") if hasattr(batch, "get") else None
-    return ids.numel() if isinstance(ids, Tensor) else 0
+    if not hasattr(batch, "get"):
+        return 0
+    ids = batch.get("input_ids")
+    others = sum(positions_of(view) for view in (batch.get("views") or {}).values())
+    return (ids.numel() if isinstance(ids, Tensor) else 0) + others
 
 
 class RowStream:

@@ -120,12 +120,21 @@ def _measure(trainer: Any, batch: Any, rows: int) -> Probe:
     with trainer.owners.untouched(), problem.untouched(), saved_bytes(trainer.model) as saved:
         trainer.model.train()
         if trainer.step_component.needs_backward:
-            parts = [loss for name, loss in problem.losses(0) if not name.startswith("_")]
-            problem.backward(sum(parts[1:], parts[0]))
-            del parts
+            _backward(problem, type(trainer.objective).separable)
         else:
             problem.value()
     return Probe(rows, saved.peak)
+
+
+def _backward(problem: StepProblem, one_by_one: bool) -> None:
+    """As the step will do it: loss by loss where they share no graph, else over their sum."""
+    losses = (loss for name, loss in problem.losses(0) if not name.startswith("_"))
+    if one_by_one:
+        for loss in losses:
+            problem.backward(loss)
+        return
+    parts = list(losses)
+    problem.backward(sum(parts[1:], parts[0]))
 
 
 def _attempt_evaluation(trainer: Any, eval_set: Any, collate: Any, size: int) -> Exception | None:

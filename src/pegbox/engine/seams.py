@@ -225,7 +225,10 @@ class Seams(TrainerLike):
     def through_policies(self, batch: Batch, training: bool = True) -> Batch:
         for i, policy in enumerate(self.policies):
             if training or not policy.training_only:
-                batch = policy.on_batch(self.states[f"data.{i}"], batch, self.ctx)
+                state, views = self.states[f"data.{i}"], batch.get("views")
+                batch = policy.on_batch(state, batch, self.ctx)
+                if views:
+                    batch = {**batch, "views": {n: policy.on_batch(state, v, self.ctx) for n, v in views.items()}}
         return batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -280,12 +283,23 @@ class Seams(TrainerLike):
             self.accelerator.backward(loss)
         return loss.detach()
 
-    def _summed(self, batch: Batch) -> Tensor:
+    def _one_by_one(self, batch: Batch) -> Tensor:
+        """Backward of each loss before the next one's forward, so that one graph is in memory at a time."""
+
+        def apart(loss: Tensor) -> Tensor:
+            if loss.requires_grad:
+                self.accelerator.backward(loss)
+            return loss.detach()
+
+        return self._summed(batch, apart)
+
+    def _summed(self, batch: Batch, each: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor:
         ref = self.micro_loss.reference(batch)
         parts: list[Tensor] = []
         outcomes: dict[str, Tensor] = {}
         for name, value in self.micro_loss.losses(batch, self._totals, ref):
             if not name.startswith("_"):
+                value = each(value)
                 parts.append(value)
             self._read(name, value.detach(), outcomes)
         if not parts:

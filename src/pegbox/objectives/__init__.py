@@ -1,6 +1,6 @@
 """Objectives: what is minimised. Importing this package registers the built-in kinds."""
 
-from pegbox.objectives import asft, classification, multitask, policy, preference, prior_terms, token
+from pegbox.objectives import asft, classification, multitask, policy, preference, prior_terms, token, views
 from pegbox.objectives.base import OBJECTIVE, Objective
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "preference",
     "prior_terms",
     "token",
+    "views",
 ]

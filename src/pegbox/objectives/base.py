@@ -44,6 +44,12 @@ class Objective(Component):
     fixed_value: ClassVar[bool] = True  # that scalar is one function of the weights during a step (zeroth order too)
     needs_reference: ClassVar[bool] = False
     needs_causal_model: ClassVar[bool] = True
+    separable: ClassVar[bool] = False  # its losses share no graph: each may run backward before the next is asked for
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """Other forms of each row that it reads, under a batch's `views`; data policies make them."""
+        return ()
 
     def setup(self, ctx: Context) -> Any:
         """Mutable state (an nn.Module or a dataclass with state_dict/load_state_dict), or None."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pegbox.errors import BadInput, Unsupported, did_you_mean
-from pegbox.parts.sandbox import Limits, Outcome, box, run, run_python
+from pegbox.parts.sandbox import DEFAULT, Limits, Outcome, box, run, run_python
 
 __all__ = ["LANGUAGES", "Job", "available", "check", "check_all", "fenced", "language_named", "missing_tools"]
 
@@ -62,14 +62,14 @@ def available() -> list[str]:
     return [language for language in LANGUAGES if not missing_tools(language)]
 
 
-def check(job: Job, limits: Limits = Limits()) -> Outcome:
+def check(job: Job, limits: Limits = DEFAULT) -> Outcome:
     """Run one candidate against its tests. Raises `Unsupported` without the tool-chain, `BadInput` for bad tests."""
     language = language_named(job.language)
     missing = missing_tools(language)
     if missing:
         raise Unsupported(
             f"{language} candidates need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed. Install the tool-chain, or leave {language} rows out (languages here: {', '.join(available())})."
+            f"installed. Install the tool-chain, or leave {language} rows out (here: {', '.join(available())})."
         )
     if not job.tests.strip():
         raise BadInput("A candidate without tests can't be judged; give the row's `tests`.")
@@ -77,7 +77,7 @@ def check(job: Job, limits: Limits = Limits()) -> Outcome:
         return _RUNNERS[language](job, folder, limits)
 
 
-def check_all(jobs: Sequence[Job], limits: Limits = Limits(), workers: int = 2) -> list[Outcome]:
+def check_all(jobs: Sequence[Job], limits: Limits = DEFAULT, workers: int = 2) -> list[Outcome]:
     """`check` of every job, in order; equal jobs run once."""
     distinct = list(dict.fromkeys(jobs))
     with ThreadPoolExecutor(max(1, workers)) as pool:

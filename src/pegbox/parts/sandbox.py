@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pegbox.errors import BadInput
 from pegbox.parts import sandbox_child
 
-__all__ = ["Limits", "Outcome", "Status", "box", "isolation", "run", "run_python"]
+__all__ = ["DEFAULT", "Limits", "Outcome", "Status", "box", "isolation", "run", "run_python"]
 
 Status = Literal["passed", "failed", "left_early", "timeout", "memory", "not_compiled"]
 _CHILD = Path(sandbox_child.__file__)
@@ -54,6 +54,9 @@ class Limits(BaseModel):
     file_bytes: Annotated[int, Field(ge=1)] = 1 << 24
     output_bytes: Annotated[int, Field(ge=0)] = 1 << 14
     kernel: bool = True
+
+
+DEFAULT = Limits()
 
 
 class Outcome(BaseModel):
@@ -90,7 +93,7 @@ def box() -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
-def run_python(files: Sequence[Path], folder: Path, limits: Limits = Limits()) -> Outcome:
+def run_python(files: Sequence[Path], folder: Path, limits: Limits = DEFAULT) -> Outcome:
     """Run Python files one after the other in one name space; passed if the last one reached its end."""
     return _run({"python": [str(f) for f in files]}, folder, limits, secrets.token_hex(16), limits.seconds)
 
@@ -98,7 +101,7 @@ def run_python(files: Sequence[Path], folder: Path, limits: Limits = Limits()) -
 def run(
     argv: Sequence[str],
     folder: Path,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT,
     *,
     sentinel: str | None = None,
     compiling: bool = False,

@@ -153,12 +153,26 @@ class StageJob:
         if not rows:
             return None
         if host == "supervised":
-            return self.data.encoded(use, self.recipe.task, tokenizer)
+            return self._encoded(use, tokenizer)
         from datasets import Dataset
 
         from pegbox.data.collate import preference_records
 
         return Dataset.from_list(preference_records(rows) if host == "preference" else _prompts(rows))
+
+    def _encoded(self, use: str, tokenizer: Any) -> Any:
+        """Encoded rows, as the data policies word them, with the other forms that the objective reads."""
+        from pegbox.data.viewed import joined
+
+        task, rows = self.recipe.task, self.data.rows(use)
+        written: Sequence[Any] = rows
+        for policy in self.recipe.data:
+            written = policy.rewrite(written)
+        same = written is rows
+        encoded = self.data.encoded(use, task, tokenizer) if same else self.data.encode(written, task, tokenizer)
+        wanted = self.recipe.objective.view_names
+        made = [found for policy in self.recipe.data for found in policy.views(rows, wanted).items()] if wanted else []
+        return joined(encoded, {name: self.data.encode(other, task, tokenizer) for name, other in made}, wanted)
 
     def _streams(self, tokenizer: Any) -> dict[str, Any]:
         """What the data policies draw from beside the training rows, encoded like those."""
@@ -226,7 +240,7 @@ class StageJob:
     ) -> Callable[[], Iterable[Any]]:
         """Calibration batches: the first training rows, in the data's own order, `size` at a time; by `order` rows are
         drawn instead."""
-        examples = self.data.encoded("train", self.recipe.task, tokenizer)
+        examples = self._encoded("train", tokenizer)
         collate = self.recipe.task.collator(tokenizer)
         size = min(size, len(examples))
         rows = range(len(examples)) if order is None else torch.randperm(len(examples), generator=order).tolist()
