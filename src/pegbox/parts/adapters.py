@@ -17,7 +17,7 @@ from torch import nn
 
 from pegbox.errors import BadInput, did_you_mean
 
-__all__ = ["adapter_off", "adapter_on", "is_adapted"]
+__all__ = ["adapter_off", "adapter_on", "adapter_parameters", "is_adapted"]
 
 _FOUND: WeakKeyDictionary[nn.Module, tuple[Any, list[Any], list[Any]]] = WeakKeyDictionary()
 
@@ -25,6 +25,25 @@ _FOUND: WeakKeyDictionary[nn.Module, tuple[Any, list[Any], list[Any]]] = WeakKey
 def is_adapted(model: nn.Module) -> bool:
     """Whether `model` is PEFT's wrapper of another."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What would train of `model` by name: its adapter's values, or all floating parameters where it has none."""
+    if not is_adapted(model):
+        return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    bare = {id(p) for p in _bare_parameters(model)}
+    return {name: p for name, p in model.named_parameters() if id(p) not in bare and p.is_floating_point()}
+
+
+def _bare_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The base's own parameters, below every tuner layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner = next((o for o in layers if name.startswith(o + ".")), None)
+        if owner is None or name.removeprefix(owner + ".").startswith("base_layer."):
+            yield p
 
 
 @contextmanager

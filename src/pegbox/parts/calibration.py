@@ -25,17 +25,25 @@ from numpy.typing import ArrayLike, NDArray
 from pegbox.errors import BadInput
 
 __all__ = [
+    "Calibration",
     "Difference",
     "Interval",
     "Reliability",
     "Verdict",
+    "adaptive_calibration_error",
     "bootstrap",
     "brier",
+    "calibration",
+    "classwise_calibration_error",
     "expected_calibration_error",
     "holm",
+    "log_loss",
+    "maximum_calibration_error",
     "minimal_difference",
     "paired_difference",
     "reliability",
+    "scaled_probabilities",
+    "temperature",
     "verdict",
 ]
 
@@ -213,6 +221,8 @@ class Reliability:
 def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> Reliability:
     """Confidences (N,) in [0, 1] and correctness (N,) in `bins` equal bins, each open below and closed above."""
     p, y = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    if bins < 1:
+        raise BadInput(f"A reliability diagram needs at least 1 bin, got {bins}.")
     if p.shape != y.shape or p.ndim != 1 or p.size == 0 or ((p < 0) | (p > 1)).any():
         raise BadInput("Reliability needs as many confidences in [0, 1] as outcomes, and at least one.")
     which = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
@@ -234,3 +244,113 @@ def brier(probabilities: ArrayLike, labels: Sequence[int] | ArrayLike) -> float:
     if p.ndim == 1:
         return float(((p - y) ** 2).mean())
     return float(((p - np.eye(p.shape[1])[y]) ** 2).sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far class probabilities can be trusted.
+
+    Args:
+        ece, mce: mean and largest gap of accuracy and confidence over equal-width bins. adaptive: the mean gap over
+            bins of equal count. classwise: ECE of every class's own probability, averaged. brier: summed over classes.
+            nll: in nats.
+    """
+
+    accuracy: float
+    ece: float
+    mce: float
+    adaptive: float
+    classwise: float
+    brier: float
+    nll: float
+    bins: Reliability
+
+
+def calibration(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> Calibration:
+    """Every measure of class probabilities (N, C) against labels (N,); confidence is the largest probability.
+
+    Raises `BadInput` for no rows or classes, probabilities that don't sum to 1, labels outside, and bins below 1.
+    """
+    p, y = _class_probabilities(probabilities, labels)
+    sure, right = p.max(axis=1), (p.argmax(axis=1) == y).astype(float)
+    return Calibration(
+        accuracy=float(right.mean()),
+        ece=expected_calibration_error(sure, right, bins),
+        mce=maximum_calibration_error(sure, right, bins),
+        adaptive=adaptive_calibration_error(sure, right, bins),
+        classwise=classwise_calibration_error(p, y, bins),
+        brier=brier(p, y),
+        nll=log_loss(p, y),
+        bins=reliability(sure, right, bins),
+    )
+
+
+def maximum_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """max_b |accuracy_b - confidence_b| over bins that hold a row."""
+    r = reliability(confidence, correct, bins)
+    return float(np.nanmax(np.abs(r.accuracy - r.confidence)))
+
+
+def adaptive_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """As the ECE, over bins of equal count (sizes differ by at most one row). Nguyen and O'Connor, arXiv:1508.05154."""
+    r = reliability(confidence, correct, bins)  # checks
+    p, y = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    order = np.argsort(p, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if part.size]
+    return float(sum(abs(y[part].mean() - p[part].mean()) * part.size for part in parts) / r.count.sum())
+
+
+def classwise_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
+    """mean_c ECE of p_c against (label = c). Kull et al., arXiv:1910.12656."""
+    p, y = _class_probabilities(probabilities, labels)
+    return float(np.mean([expected_calibration_error(p[:, c], y == c, bins) for c in range(p.shape[1])]))
+
+
+def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Mean -log p of the labels, in nats; a label of probability 0 gives infinity."""
+    p, y = _class_probabilities(probabilities, labels)
+    with np.errstate(divide="ignore"):
+        return float(-np.log(p[np.arange(len(y)), y]).mean())
+
+
+def scaled_probabilities(probabilities: ArrayLike, by: float) -> Floats:
+    """softmax(log p / by), (N, C): flatter above 1, sharper below."""
+    p = np.asarray(probabilities, dtype=float)
+    if by <= 0:
+        raise BadInput(f"A temperature must be positive, got {by}.")
+    scores = np.log(np.clip(p, 1e-300, None)) / by
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def temperature(probabilities: ArrayLike, labels: ArrayLike, low: float = 0.05, high: float = 20.0) -> float:
+    """The temperature between `low` and `high` at which held-out class probabilities have the least log loss (it has
+    one minimum in 1 / temperature). Guo et al., arXiv:1706.04599, section 4."""
+    p, y = _class_probabilities(probabilities, labels)
+    left, right, golden = math.log(1 / high), math.log(1 / low), (math.sqrt(5) - 1) / 2
+
+    def loss(log_inverse: float) -> float:
+        scores = np.log(np.clip(p, 1e-300, None)) * math.exp(log_inverse)
+        top = scores.max(axis=1)
+        normal = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
+        return float((normal - scores[np.arange(len(y)), y]).mean())
+
+    for _ in range(60):
+        third = golden * (right - left)
+        if loss(right - third) < loss(left + third):
+            right = left + third
+        else:
+            left = right - third
+    return math.exp(-(left + right) / 2)
+
+
+def _class_probabilities(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
+    p, y = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=np.int64)
+    if p.ndim != 2 or p.shape[0] == 0 or p.shape[1] == 0 or y.shape != p.shape[:1]:
+        raise BadInput(f"Expected probabilities (N, C) and labels (N,), got {p.shape} and {y.shape}.")
+    if not (p >= 0).all() or not np.allclose(p.sum(axis=1), 1, atol=1e-6):
+        bad = int(np.argmax(np.abs(p.sum(axis=1) - 1)))
+        raise BadInput(f"Class probabilities must be 0 or larger and sum to 1; row {bad} sums to {p[bad].sum():.6g}.")
+    if ((y < 0) | (y >= p.shape[1])).any():
+        raise BadInput(f"Labels must be class numbers from 0 to {p.shape[1] - 1}.")
+    return p, y

@@ -60,7 +60,8 @@ class Runner(TypingProtocol):
 
         Beside recipe blocks, a patch may hold: `do`: "train" (default) | "select" (make the allocation only) | "apply"
         (weight operations only); `rows`: another data source for this stage; `use`: {"selection": an earlier stage's
-        name}; `settings`: training settings of this stage (steps, epochs, ...).
+        name}; `settings`: training settings of this stage (steps, epochs, ...); `also`: entries laid behind the
+        recipe's own lists, by key (data policies).
         """
 
     def define(self, suite: str, rows: Any) -> None:
@@ -83,6 +84,7 @@ class Protocol(Component):
     """The story of a run, told in calls to the runner."""
 
     trains: ClassVar[bool] = True
+    gives_episodes: ClassVar[bool] = False  # its stages train over episodes
     analyzes: ClassVar[bool] = False  # runs the recipe's analyses at its end
     decodes: ClassVar[bool] = False  # measures what it made through the recipe's decoder
 

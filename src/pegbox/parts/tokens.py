@@ -17,7 +17,8 @@ What this file does not know: which loss is made of the scores, and how it is re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from pegbox.errors import BadInput
 
-__all__ = ["IGNORE", "Scores", "k3", "score", "shift", "tile_rows", "walk", "walk_each"]
+__all__ = ["IGNORE", "Scores", "differentiable_twice", "k3", "score", "shift", "tile_rows", "walk", "walk_each"]
 
 IGNORE = -100
 TILE = {"cpu": 1 << 22, "other": 1 << 24}  # logits in one tile: small ones stay in reused memory on a CPU
@@ -169,12 +170,43 @@ def score(
             f"The policy has {logits.shape[-1]} logits per token, its reference {ref_logits.shape[-1]}: one of them "
             "was resized. Resize the other in the same way (same added tokens, same order)."
         )
+    if _TWICE:
+        return _plain_scores(logits, targets, ref_logits, direction, mean)
     if ref_logits is None and not mean:
         return Scores(_LogProb.apply(logits, targets))
     logp, kl, mean_logp, ref_logp = _Scores.apply(logits, targets, ref_logits, direction, mean)
     if ref_logits is None:
         return Scores(logp, mean_logp=mean_logp)
     return Scores(logp, kl, mean_logp if mean else None, ref_logp)
+
+
+_TWICE: list[bool] = []  # not empty: everything is left to autograd
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Inside, scores are plain operations on all rows at once, which can be differentiated again. For small models: the
+    closed forms and the tiles, which save memory and time, have first derivatives only."""
+    _TWICE.append(True)
+    try:
+        yield
+    finally:
+        _TWICE.pop()
+
+
+def _plain_scores(logits: Tensor, targets: Tensor, ref_logits: Tensor | None, direction: str, mean: bool) -> Scores:
+    logprobs = F.log_softmax(_wide(logits), dim=-1)
+    logp = logprobs.gather(-1, targets[:, None])[:, 0]
+    mean_logp = logprobs.mean(-1) if mean else None
+    if ref_logits is None:
+        return Scores(logp, mean_logp=mean_logp)
+    ref = F.log_softmax(_wide(ref_logits), dim=-1).to(logprobs.dtype)
+    kl = (
+        (ref.exp() * (ref - logprobs)).sum(-1)
+        if direction == "forward"
+        else (logprobs.exp() * (logprobs - ref)).sum(-1)
+    )
+    return Scores(logp, kl, mean_logp, ref.gather(-1, targets[:, None])[:, 0].detach())
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -215,7 +247,7 @@ def walk(
     graph = torch.is_grad_enabled() and (rows.requires_grad or bool(trained) or parameters is None)
     size = chunk or tile_rows(vocabulary, rows.device.type, bool(trained))
     few = chunk is None and bool(trained) and rows.shape[0] * vocabulary <= AT_ONCE
-    if rows.shape[0] <= size or (graph and (few or parameters is None)):
+    if _TWICE or rows.shape[0] <= size or (graph and (few or parameters is None)):
         loss, *readings = fold(rows, slice(0, rows.shape[0]))
         return loss.sum(), *readings
     slices = [slice(i, min(i + size, rows.shape[0])) for i in range(0, rows.shape[0], size)]
@@ -237,7 +269,7 @@ def walk_each(
     graph = torch.is_grad_enabled() and (rows.requires_grad or bool(trained) or parameters is None)
     size = chunk or tile_rows(vocabulary, rows.device.type, bool(trained))
     few = chunk is None and bool(trained) and rows.shape[0] * vocabulary <= AT_ONCE
-    if rows.shape[0] <= size or (graph and (few or parameters is None)):
+    if _TWICE or rows.shape[0] <= size or (graph and (few or parameters is None)):
         return fold(rows, slice(0, rows.shape[0]))
     slices = [slice(i, min(i + size, rows.shape[0])) for i in range(0, rows.shape[0], size)]
     if graph:

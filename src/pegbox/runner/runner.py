@@ -35,7 +35,8 @@ from pegbox.workspace import Workspace
 
 __all__ = ["RecipeRunner"]
 
-NOT_BLOCKS = {"do", "use", "settings", "rows", "round"}
+NOT_BLOCKS = {"do", "use", "settings", "rows", "round"}  # in a stage's key as they are
+ALSO = "also"  # entries behind the recipe's own lists
 
 
 class RecipeRunner:
@@ -102,12 +103,15 @@ class RecipeRunner:
         return self._result(folder, entry, made.log)
 
     def _recipe(self, patch: Mapping[str, Any]) -> Recipe:
-        blocks = {k: v for k, v in patch.items() if k not in NOT_BLOCKS}
+        blocks = {k: v for k, v in patch.items() if k not in NOT_BLOCKS and k != ALSO}
         plain = {k: v for k, v in self.spec.recipe.plain().items() if k != "protocol"}
         unknown = [k for k in blocks if k not in Recipe.model_fields]
         if unknown:
             raise BadInput(f"Unknown key '{unknown[0]}' in a stage.{did_you_mean(unknown[0], Recipe.model_fields)}")
-        recipe = Recipe.of(merge(plain, blocks))
+        laid = merge(plain, blocks)
+        for key, entries in (patch.get(ALSO) or {}).items():
+            laid[key] = [*laid[key], *entries]
+        recipe = Recipe.of(laid)
         return self._redrawn(recipe, int(patch.get("round", 0)))
 
     @staticmethod

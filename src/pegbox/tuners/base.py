@@ -30,6 +30,7 @@ class Tuner(Component):
     takes_up: ClassVar[bool] = False  # begins at an update that a preparation carried over from an earlier adapter
     rewrites_base: ClassVar[bool] = False  # the base's own tensors change during training
     keeps_causality: ClassVar[bool] = True
+    has_prior: ClassVar[bool] = False  # its layers have a distribution over weights (`parts.priors`)
     several_active: ClassVar[bool] = True
     reference_view: ClassVar[bool] = True  # the base can be had back without a copy
     merge: ClassVar[Literal["exact", "lossy", "no"]] = "lossy"

@@ -2,9 +2,10 @@
 
     step = task_1 support, task_1 query, task_2 support, ...   (tasks x (support + query) rows)
 
-Tasks come in rounds, each a permutation of all; the rows of an episode are a fresh permutation of the task's own, support
-and query disjoint where the task has the rows. All of it follows from the seed and the place alone. Batches say which
-episode they are of (`episode`: its number in the step, and whether they are its query). Vinyals et al., arXiv:1606.04080.
+Tasks come in rounds, each a permutation of all; the rows of an episode are a fresh permutation of the task's own,
+support and query disjoint where the task has the rows. All of it follows from the seed and the place alone. Batches
+say which episode they are of (`episode`: its number in the step, and whether they are its query). Vinyals et al.,
+arXiv:1606.04080.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class Episodes(DataPolicy):
         if end > size or (not query and end > self.support):
             raise BadInput(
                 f"A micro-batch of {rows} rows straddles two parts of an episode ({self.support} to learn from, "
-                f"{self.query} to be judged on). Use a micro_batch that divides both, and a batch of {self.tasks * size}."
+                f"{self.query} to be judged on). Use a micro_batch that divides both, and a batch "
+                f"of {self.tasks * size}."
             )
         state.rows += rows
         return {**batch, "episode": torch.tensor([episode, int(query)])}
