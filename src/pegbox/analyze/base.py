@@ -38,6 +38,13 @@ class Subject(Protocol):
     def tokenizer(self) -> Any:
         """The tuned model's tokenizer, or None."""
 
+    @property
+    def recipe(self) -> Any:
+        """The run's recipe: what it was trained with."""
+
+    def opened(self) -> nn.Module:
+        """The tuned model as it stands."""
+
     def pair(self) -> ModelPair:
         """The base and the tuned model; one copy of the weights where the update is an adapter."""
 

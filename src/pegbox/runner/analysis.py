@@ -63,6 +63,13 @@ class LiveSubject:
     def tokenizer(self) -> Any:
         return self._any().tokenizer
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.spec.recipe
+
+    def opened(self) -> nn.Module:
+        return self.tuned().model
+
     def _any(self) -> Opened:
         """Whatever is open already: all of them speak the same tokens, on one device."""
         return self._plain or self._tuned or self._base or self.tuned()
