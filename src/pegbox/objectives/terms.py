@@ -2,7 +2,8 @@
 
     kl_to_reference   lam * KL(reference || policy), its reverse, or the k3 estimate, per token
     l1_to_start       lam / N * sum |w - w0|, once per optimizer step; LT-SFT (arXiv:2110.07560, section 3.2)
-    l2_to_start       lam * sum (w - w0)^2, once per optimizer step; the soft form of HFT (arXiv:2404.18466, section 4)
+    l2_to_start       lam * sum (w - w0)^2 over all that trains, or over what a selection leaves out, once per optimizer
+                      step; the soft form of HFT (arXiv:2404.18466, section 4)
     nuclear_norm      lam * sum of the singular values of one trained matrix per step; SaRA (arXiv:2409.06633)
 
 Token terms act per token, inside the tile that holds its logits. Weight terms act on parameters; the objective divides
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from pegbox.errors import BadInput
 from pegbox.objectives.references import Reference, ReferenceDtype, reference_of
-from pegbox.parts.component import Axis, Component
+from pegbox.parts.allocation import Entries, Frozen, Units
+from pegbox.parts.anatomy import Anatomy
+from pegbox.parts.component import AXES, Axis, Component
 from pegbox.parts.context import Context, seed_of
-from pegbox.parts.indexsets import matrix_shape
+from pegbox.parts.indexsets import from_units, matrix_shape
 from pegbox.parts.parameterinfo import info_of
 from pegbox.parts.penalties import l1_distance, l2_distance, nuclear_norm
 from pegbox.parts.tokens import Scores, k3
@@ -154,10 +157,14 @@ class KLToReference(TokenTerm):
 
 @dataclass
 class Starts:
-    """Where the trained weights began, by name; N is what a mean divides by."""
+    """Where the trained weights began, by name; N is what a mean divides by.
+
+    covered: of tensors that are covered in part, (k,) flat positions; their start then holds these entries alone.
+    """
 
     tensors: dict[str, Tensor]
     count: int
+    covered: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.tensors)
@@ -181,7 +188,16 @@ def _pairs(state: Starts, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]
     missing = [n for n in state.tensors if n not in named]
     if missing:
         raise BadInput(f"The weight '{missing[0]}' is no longer in the model that a term towards the start covers.")
-    return [named[n] for n in state.tensors], list(state.tensors.values())
+    entries = state.covered
+    weights = [named[n].flatten()[entries[n]] if n in entries else named[n] for n in state.tensors]
+    return weights, list(state.tensors.values())
+
+
+def _complement(index: Tensor, count: int) -> Tensor:
+    """The sorted flat positions that are not in `index`."""
+    out = torch.ones(count, dtype=torch.bool)
+    out[index.cpu().long()] = False
+    return out.nonzero().flatten()
 
 
 @TERM.register
@@ -207,13 +223,63 @@ class L1ToStart(WeightTerm):
 
 @TERM.register
 class L2ToStart(WeightTerm):
-    """lam * sum (w - w0)^2 over the trained weights. `exclude`: name patterns of trained weights to leave out."""
+    """lam * sum (w - w0)^2 over the trained weights, or over those that a selection leaves out.
+
+    With `outside: {kind: half}` everything trains and the half that half fine-tuning would freeze is drawn to its old
+    values; freezing is the limit of a large weight. The draw is the one that `select: {kind: half}` would make in the
+    same round of the same run.
+
+    Args:
+        exclude: name patterns of trained weights to leave out.
+        outside: a `select:` block; the term covers what trains and is not selected by it.
+    """
 
     kind: Literal["l2_to_start"] = "l2_to_start"
+    reproduces: ClassVar[str] = "arXiv:2404.18466"
     exclude: tuple[str, ...] = ()
+    outside: dict[str, Any] | None = None
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.outside is None:
+            return
+        selector = AXES["select"].validate(self.outside)
+        schedule = getattr(selector, "schedule", None)
+        if selector.statistics() is not None or (schedule is not None and schedule.moves):
+            raise BadInput(
+                f"objective.terms.l2_to_start.outside: '{selector.kind}' needs statistics or moves while training; the "
+                "term takes a selection that follows from weights and seed once, such as half."
+            )
 
     def setup(self, ctx: Context) -> Starts:
-        return _starts(ctx.model, self.exclude, "trained")
+        starts = _starts(ctx.model, self.exclude, "trained")
+        return starts if self.outside is None else self._outside(starts, ctx)
+
+    def _outside(self, starts: Starts, ctx: Context) -> Starts:
+        """The starts of what the selection leaves out."""
+        anatomy = Anatomy.of(ctx.model)
+        weights = dict(ctx.model.named_parameters())
+        generator = ctx.generator("select", ctx.round)
+        chosen = AXES["select"].validate(self.outside).select(anatomy, weights, None, generator)
+        picked = {anatomy.ties.get(name, name): choice for name, choice in chosen.items()}
+        kept: dict[str, Tensor] = {}
+        covered: dict[str, Tensor] = {}
+        for name, start in starts.tensors.items():
+            match picked.get(name, Frozen()):
+                case Frozen():
+                    kept[name] = start
+                case Entries(index=index):
+                    covered[name] = _complement(index, start.numel()).to(start.device)
+                case Units(axis=axis, index=index):
+                    positions = from_units(axis, index, tuple(start.shape))
+                    covered[name] = _complement(positions, start.numel()).to(start.device)
+            if name in covered:
+                kept[name] = start.flatten()[covered[name]]
+        if not kept:
+            raise BadInput(
+                "objective.terms.l2_to_start: the selection `outside` leaves no trained weight to hold. Lower its "
+                "ratio, or train more (tuner: full without a selection)."
+            )
+        return Starts(kept, sum(t.numel() for t in kept.values()), covered)
 
     def penalty(self, state: Any, model: nn.Module) -> Tensor:
         return l2_distance(*_pairs(state, model)) * self.weight
