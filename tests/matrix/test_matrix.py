@@ -59,7 +59,7 @@ AXES = {
         "sft": {"token": {"kind": "sft"}},
         "dft": {"token": {"kind": "dft"}},
         "asft": {"kind": "asft", "mode": "asft", "lam": 0.1},
-        "low rank": {"token": {"kind": "sft"}, "terms": [{"kind": "nuclear_norm", "min_side": 8}]},
+        "low rank": {"token": {"kind": "sft"}, "terms": [{"kind": "nuclear_norm", "min_side": 0}]},
         "tasks": {"kind": "task_balanced", "balance": "famo"},
         "focal": {"kind": "task_balanced", "mode": "focal_task", "inner": {"chunk": 64}},
         "pull": {"token": {"kind": "sft"}, "terms": [{"kind": "l1_to_start", "weight": 0.1}]},
