@@ -10,7 +10,7 @@ import pytest
 from pegbox.recipe import catalogue
 
 ROOT = Path(__file__).parents[2]
-PLAIN = {"lora", "full", "qlora", "dft", "dpo", "grpo"}  # not systems of their own, or told in another card
+PLAIN = {"lora", "full", "qlora", "dft", "dpo", "grpo", "wise-ft"}  # not systems of their own, or told in another card
 SYSTEMS = [name for name in catalogue() if name not in PLAIN]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -168,7 +168,7 @@ def random_move(weights: Sequence[Tensor], ball: Ball, generator: torch.Generato
     moves = []
     for weight in weights:
         scale = weight.detach().abs() if ball.adaptive else 1.0
-        options = {"generator": generator, "dtype": weight.dtype, "device": generator.device}
+        options: dict[str, Any] = {"generator": generator, "dtype": weight.dtype, "device": generator.device}
         if ball.norm == "linf":
             drawn = torch.rand(weight.shape, **options) * 2 - 1
         else:
@@ -243,7 +243,7 @@ def _climbed(
             moves.move = _inside(begin, moves)
             moves.put(moves.move)
         value = forward(True)
-        best = max(best, float(value))
+        best = max(best, float(value.detach()))
         if best > start:
             moves.keep_best()
             on_best()
@@ -257,8 +257,8 @@ def _climbed(
         del gradients
         cuts = False
         value = forward(i + 1 < steps)
-        if float(value) > best:  # a loss that is not a number never is
-            best, rises = float(value), rises + 1
+        if float(value.detach()) > best:  # a loss that is not a number never is
+            best, rises = float(value.detach()), rises + 1
             on_best()
             with torch.no_grad():
                 moves.keep_best()
@@ -296,7 +296,7 @@ def _scalar(value: Tensor) -> float:
     if value.ndim or not bool(torch.isfinite(value)):
         shape = f"shape {tuple(value.shape)}" if value.ndim else f"value {float(value)}"
         raise BadInput(f"The loss at the given weights must be one finite number, got {shape}.")
-    return float(value)
+    return float(value.detach())
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

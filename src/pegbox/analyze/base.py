@@ -73,6 +73,7 @@ class Analysis(Component):
 
     needs_causal_model: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False  # works on the run's target rows
+    needs_weights: ClassVar[bool] = False  # moves weights between base and tuned model: floating ones, merged
 
     def run(self, subject: Subject) -> Finding:
         """Look at the subject. Raises `BadInput` before anything heavy where options and rows don't fit."""

@@ -194,6 +194,7 @@ class Path(Analysis):
     generate: bool = False
 
     needs_rows: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
     reproduces: ClassVar[str] = "arXiv:2109.01903"
 
     @field_validator("grid")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -129,7 +130,7 @@ def task_loss(view: Any) -> Loss:
 
 def tensors_of(model: nn.Module, params: str | Sequence[str] = "all") -> dict[str, Tensor]:
     """Floating parameters by name, tied ones once. Raises `BadInput` where a name, prefix or glob matches nothing."""
-    known = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    known: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     if params == "all":
         chosen = known
     else:
@@ -176,15 +177,17 @@ def _worst(
     best: tuple[Peak, float | None] | None = None
     for begin in begins:
         errors: list[float | None] = []
-        peak = climb(
-            tensors, probe, ball, steps=steps, begin=begin, sync=sync,
-            on_best=lambda kept=errors: kept.append(probe.error),
-        )  # fmt: skip
+        note = partial(_note, errors, probe)
+        peak = climb(tensors, probe, ball, steps=steps, begin=begin, sync=sync, on_best=note)
         rise = None if not errors or errors[0] is None else float(errors[-1] or 0.0) - errors[0]
         if best is None or peak.best > best[0].best:
             best = (peak, rise)
     assert best is not None
     return best
+
+
+def _note(errors: list[float | None], probe: _Probe) -> None:
+    errors.append(probe.error)
 
 
 def _begins(tensors: list[Tensor], ball: Ball, restarts: int, random: bool, generator: torch.Generator) -> list[Any]:

@@ -158,6 +158,7 @@ class Stragglers(Analysis):
     remedy_on: str = "target"
 
     needs_rows: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
     reproduces: ClassVar[str] = "arXiv:2410.16476; arXiv:2302.07011"
 
     @field_validator("grid", "profile")

@@ -146,7 +146,7 @@ class Tuco(Analysis):
     ) -> None:
         """One line a prompt, as a table beside the report and (for few prompts) in it."""
         columns = ["set", "row", "tokens", "tuco", "beta", *(["output"] if self.output else [])]
-        lines = [
+        lines: list[list[Any]] = [
             [name, str(row.id), s.length, s.tuco, s.beta, *([s.output] if self.output else [])]
             for name, found in scored.items()
             for row, s in zip(rows[name], found)

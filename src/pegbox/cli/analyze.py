@@ -38,7 +38,13 @@ def analyze(
     from pegbox.cli.train import run_arguments
     from pegbox.run import train
 
-    given = {"model": model, "test_data": data, "metric": metric, "limit": limit, "max_length": max_length}
+    given: dict[str, Any] = {
+        "model": model,
+        "test_data": data,
+        "metric": metric,
+        "limit": limit,
+        "max_length": max_length,
+    }
     given |= {"device": device, "seed": seed, "plugin": plugin}
     block, given = _with_run(recipe, tuned or [], given)
     place = out or Path("runs") / "-".join([Path(recipe).stem, *(Path(t).name for t in tuned or [])])

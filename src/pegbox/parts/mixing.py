@@ -71,7 +71,7 @@ class _Mixed:
         self.tuned = pair.walk.blocks[index].forward
         base = pair.base_blocks[index]
         self.base = self.tuned if pair.shared else base
-        self.numbered = [m for m in base.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        self.numbered: list[Any] = [m for m in base.modules() if isinstance(getattr(m, "layer_idx", None), int)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = _cache_in(args, kwargs)

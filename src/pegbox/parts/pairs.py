@@ -210,7 +210,7 @@ def _check_alike(tuned: BlockWalk, base: BlockWalk) -> None:
 
 
 def _width(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", None)
 

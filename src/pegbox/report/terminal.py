@@ -27,7 +27,7 @@ def terminal(c: Comparison) -> RenderableType:
     failed = [Text(f"{e.name}: {e.status}, {e.reason}", style="red") for e in c.entries if e.reason]
     flags = [Text(f"{e.name}: {flag}", style="dim") for e in c.entries for flag in e.flags]
     measured = any(entry.scores for entry in c.entries)
-    shown = [Text(), results, Text(), costs] if measured or not c.findings else []
+    shown: list[RenderableType] = [Text(), results, Text(), costs] if measured or not c.findings else []
     found = [part for finding in c.findings for part in _finding(finding)]
     return Group(Text(c.title, style="bold"), about, *notes, *shown, *found, *failed, *flags)
 

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from pegbox.artefact import artefact_folder, read, settle
+from pegbox.artefact.load import read_parts
+from pegbox.artefact.pool import stands_on_its_base
 from pegbox.errors import BadInput
 from pegbox.models import resolve
+from pegbox.parts.adapters import is_adapted
 from pegbox.parts.findings import Finding
 from pegbox.parts.pairs import ModelPair
 from pegbox.parts.results import Measurement
 from pegbox.parts.task import Task
 from pegbox.parts.view import Batch
+from pegbox.prepare.base import PREPARE
 from pegbox.recipe import Recipe
 from pegbox.runner.data import RunData
 from pegbox.runner.opening import Opened, open_artefact, open_base
@@ -86,10 +90,20 @@ class LiveSubject:
         return self._tuned
 
     def base(self) -> Opened:
-        """The bare base."""
+        """What tuning began from: the bare base, under the preparations that leave it whole (channels in a new order)."""
         if self._base is None:
-            self._base = open_base(self.spec, self.spec.recipe, self.source, labels=self._labels, prepared=False)
+            bare = open_base(self.spec, self.spec.recipe, self.source, labels=self._labels, prepared=False)
+            self._base = bare._replace(model=self._prepared(bare.model))
         return self._base
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        if self.artefact is None:
+            return model
+        manifest = read(self.artefact, verify=False)
+        parts = [part for part in manifest.parts if part.axis == "prepare"]
+        if not parts or any(type(PREPARE.validate(part.component)).leaves_factors for part in parts):
+            return model
+        return read_parts(model, manifest.model_copy(update={"parts": parts}), self.artefact)
 
     @property
     def _labels(self) -> int:
@@ -97,18 +111,11 @@ class LiveSubject:
 
     def pair(self) -> ModelPair:
         tuned = self.tuned()
-        if self._is_one_adapter() and hasattr(tuned.model, "peft_config"):
+        if self.artefact is not None and is_adapted(tuned.model) and stands_on_its_base(str(self.artefact)):
             return ModelPair(tuned.model)
         base = self.base()
         both = (tuned.tokenizer, base.tokenizer) if tuned.tokenizer is not None and base.tokenizer is not None else None
         return ModelPair(tuned.model, base.model, both)
-
-    def _is_one_adapter(self) -> bool:
-        """Whether the tuned model with its adapters off is the bare base."""
-        if self.artefact is None:
-            return False
-        parts = [part for part in read(self.artefact, verify=False).parts if part.kind not in ("data", "json")]
-        return [part.kind for part in parts] == ["adapter"]
 
     def weights(self) -> tuple[nn.Module, Mapping[str, Tensor], Mapping[str, Tensor]]:
         tuned = _state(settle(self.tuned().model))
