@@ -25,14 +25,15 @@ from pegbox.parts.context import seed_of
 
 __all__ = ["OBJECTS", "BoxPrompt", "BoxTask", "Boxes", "Question", "Style", "WordedBoxes"]
 
-OBJECTS = tuple(
-    """apple bag ball bell block board boat book boot bottle bowl box brain bread brick bridge brush bus cake camera
-    cap car card chain chair clock coat coin cow cream cross crown cup desk disk dog door dress drink drum egg engine
-    fan file fish flag flower fork fruit game gift glass guitar gun hat horse ice iron key knife lamp leaf letter lock
-    machine magazine map meat medicine milk mirror money newspaper note oil paper pen phone picture pipe plane plant
-    plate pot radio ring rock rope rose salt ship shirt shoe soap stone string suit table tea ticket tie tool toy train
-    tree truck tube watch wheel wine wire""".split()
+_WORDS = (
+    "apple bag ball bell block board boat book boot bottle bowl box brain bread brick bridge brush bus cake "
+    "camera cap car card chain chair clock coat coin cow cream cross crown cup desk disk dog door dress drink "
+    "drum egg engine fan file fish flag flower fork fruit game gift glass guitar gun hat horse ice iron key knife "
+    "lamp leaf letter lock machine magazine map meat medicine milk mirror money newspaper note oil paper pen "
+    "phone picture pipe plane plant plate pot radio ring rock rope rose salt ship shirt shoe soap stone string "
+    "suit table tea ticket tie tool toy train tree truck tube watch wheel wine wire "
 )
+OBJECTS = tuple(_WORDS.split())
 LABELS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -141,8 +142,8 @@ class WordedBoxes:
         ):
             if len(found) < least:
                 raise BadInput(
-                    f"{len(found)} of {len(given)} {what} are one token each for this tokenizer, and {task.boxes} boxes "
-                    f"need {least}. Give others as `{what}`, or fewer boxes."
+                    f"{len(found)} of {len(given)} {what} are one token each for this tokenizer, and {task.boxes} "
+                    f"boxes need {least}. Give others as `{what}`, or fewer boxes."
                 )
 
     def _one_token(self, words: Sequence[str], before: str) -> tuple[str, ...]:
@@ -235,9 +236,7 @@ class WordedBoxes:
         assert self.stop is not None
         pairs = zip(question.boxes.labels, question.boxes.objects)
         ids = [*(self.ids[word] for pair in pairs for word in pair), self.stop, self.ids[question.label]]
-        shown = (
-            question.boxes.labels.index(question.label) if question.known else self._any_segment(question, rng)
-        )
+        shown = question.boxes.labels.index(question.label) if question.known else self._any_segment(question, rng)
         positions = {"last": len(ids) - 1, "previous_label": 2 * shown, "object": 2 * shown + 1}
         return BoxPrompt(tuple(ids), positions, self.ids[question.answer] if question.known else None, question)
 

@@ -27,29 +27,33 @@ class _Plain(BaseModel):
 
 
 class Series(_Plain):
-    """One line, one set of points, or one set of bars of a picture: lists of equal length."""
+    """One line, one set of points, bars or cells of a picture: lists of equal length. `values`: of cells alone."""
 
     name: str = ""
     xs: list[Number]
     ys: list[Number]
     dashed: bool = False
+    values: list[Number] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _alike(self) -> Series:
         if len(self.xs) != len(self.ys):
             raise BadInput(f"series '{self.name}' has {len(self.xs)} x and {len(self.ys)} y; give pairs.")
+        if self.values and len(self.values) != len(self.xs):
+            raise BadInput(f"series '{self.name}' has {len(self.values)} values for {len(self.xs)} cells.")
         return self
 
 
 class Picture(_Plain):
-    """A plot. `key` names its file; `form`: lines through the points, points alone, or bars from zero."""
+    """A plot. `key` names its file; `form`: lines through the points, points alone, bars from zero, or cells of a heat
+    map at whole numbers x and y, coloured by the values of one series, below zero and above it."""
 
     key: str
     title: str
     x_label: str
     y_label: str
     series: list[Series]
-    form: Literal["lines", "points", "bars"] = "lines"
+    form: Literal["lines", "points", "bars", "heat"] = "lines"
     log_x: bool = False
     log_y: bool = False
 

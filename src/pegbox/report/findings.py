@@ -7,6 +7,7 @@ from typing import Any
 
 from pegbox.parts.findings import Finding, Picture
 from pegbox.report.charts import bar_chart, line_chart
+from pegbox.report.heat import heat_chart
 from pegbox.report.points import Line, Lines
 
 __all__ = ["as_lines", "number", "shown", "shown_all"]
@@ -51,6 +52,8 @@ def as_lines(picture: Picture) -> Lines:
 
 
 def _drawn(picture: Picture) -> str:
+    if picture.form == "heat":
+        return heat_chart(picture)
     lines = as_lines(picture)
     if picture.form == "bars":
         return bar_chart(lines)

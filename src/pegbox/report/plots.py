@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,10 @@ def _scatter(plot: Points) -> Any:
 
 
 def _picture(picture: Picture) -> Any:
-    """A finding's picture: lines, points or bars."""
+    """A finding's picture: lines, points, bars or cells."""
     plot = as_lines(picture)
+    if picture.form == "heat":
+        return _heat(picture, plot)
     if picture.form == "lines":
         return _lines(plot)
     figure, axes = _figure(plot)
@@ -81,6 +84,20 @@ def _picture(picture: Picture) -> Any:
             axes.plot(line.xs, line.ys, "o", color=colour, markersize=4, label=line.name or None)
     if any(line.name for line in plot.lines):
         axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _heat(picture: Picture, plot: Lines) -> Any:
+    """Cells on a grid of whole numbers; what is missing or not finite stays white."""
+    figure, axes = _figure(plot)
+    known = [(x, y, v) for s in picture.series for x, y, v in zip(s.xs, s.ys, s.values) if math.isfinite(v)]
+    top = max((abs(v) for _, _, v in known), default=0.0) or 1.0
+    colours = [v for _, _, v in known]
+    points = axes.scatter(
+        [x for x, _, _ in known], [y for _, y, _ in known], c=colours, cmap="RdBu_r", vmin=-top, vmax=top, marker="s",
+        s=36, edgecolors="#dddddd", linewidths=0.3,
+    )  # fmt: skip
+    figure.colorbar(points, ax=axes)
     return figure
 
 

@@ -124,7 +124,9 @@ def last_logits(view: HeadView, prompts: Prompts, edits: Sequence[Any] = ()) -> 
 
 
 @torch.no_grad()
-def accuracy(view: HeadView, prompts: Prompts, edits: Callable[[Prompts], Sequence[Any]] | None = None, batch: int = 32) -> float:
+def accuracy(
+    view: HeadView, prompts: Prompts, edits: Callable[[Prompts], Sequence[Any]] | None = None, batch: int = 32
+) -> float:
     """Share of prompts whose answer has the highest logit of the whole vocabulary.
 
     Args:

@@ -48,7 +48,12 @@ def attribution(
 
 
 def _batch(
-    view: HeadView, clean: Prompts, corrupt: Sequence[Tensor], receivers: Sequence[Head], composition: str, position: str
+    view: HeadView,
+    clean: Prompts,
+    corrupt: Sequence[Tensor],
+    receivers: Sequence[Head],
+    composition: str,
+    position: str,
 ) -> Tensor:
     here = capture(view, clean)
     p_clean = probabilities(here.logits, clean.right())

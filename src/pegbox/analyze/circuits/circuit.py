@@ -136,8 +136,8 @@ class Means:
         """(L, width, W) of the last columns. Raises `BadInput` where prompts are longer than those of the means."""
         if width > self.values.shape[1] or bool((self.counts[-width:] == 0).any()):
             raise BadInput(
-                f"Prompts of {width} tokens, and means over prompts of at most {int((self.counts > 0).sum())}: take the "
-                "means over prompts that are as long."
+                f"Prompts of {width} tokens, and means over prompts of at most {int((self.counts > 0).sum())}: take "
+                "the means over prompts that are as long."
             )
         return self.values[:, -width:]
 
@@ -264,7 +264,7 @@ class Ablation:
                 ]
                 scored.append(self._scored(torch.cat(logits, 1), part))
             found = dict(zip(todo, self._joined(scored)))
-        return [found[i] if i in found else self.model for i in range(len(keep))]
+        return [found.get(i) or self.model for i in range(len(keep))]
 
     def _passes(self, positions: tuple[str, ...], ablate_non_vital: bool) -> list[Passes]:
         key = positions, ablate_non_vital

@@ -16,8 +16,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from pegbox.analyze.circuits.masks import Triples
 from pegbox.analyze.circuits.prompts import Prompts
 from pegbox.errors import BadInput, did_you_mean
@@ -71,7 +69,7 @@ def _pair(boxes: WordedBoxes, name: str, base: Question, rng: random.Random, leg
     free = [i for i in free if not shift or (i + 1 < n and i + 1 != base.segment)] if not legacy else free
     if not free:  # the last two segments leave no room behind: ask the base elsewhere
         base = replace(base, segment=n - 1, label=base.boxes.labels[n - 1])
-        free = [i for i in range(n - 2)]
+        free = list(range(n - 2))
     segment = rng.choice(free)
     if name == "label":
         return _label_pair(base, other, segment, rng)
@@ -111,7 +109,9 @@ def _worded(boxes: WordedBoxes, name: str, base: Boxes, source: Question, rng: r
     letters = letters or [x for x in boxes.labels if x not in context.labels]
     things = [x for x in boxes.objects if x not in context.objects and x not in base.objects]
     if name in ("segment_before", "segment_after") and not things:
-        raise BadInput(f"Desideratum '{name}' needs an object in neither context; there are {len(boxes.objects)} objects.")
+        raise BadInput(
+            f"Desideratum '{name}' needs an object in neither context; there are {len(boxes.objects)} objects."
+        )
     if name == "segment_before":
         label, thing = rng.choice(letters), rng.choice(things)
         context = Boxes((label, *context.labels), (thing, *context.objects))
@@ -134,6 +134,4 @@ def desideratum(
     targets = [boxes.ids[word] for _, _, word in found]
     if legacy and name == "label":
         targets = [int(boxes.tokenizer(word, add_special_tokens=False)["input_ids"][0]) for _, _, word in found]
-    triples = Triples(as_prompts(bases, pad, targets), as_prompts(sources, pad))
-    assert triples.base.answers is not None and torch.is_tensor(triples.base.answers)
-    return triples
+    return Triples(as_prompts(bases, pad, targets), as_prompts(sources, pad))

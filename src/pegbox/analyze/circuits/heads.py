@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Some columns of a module's input or output, (B, T, W); `layer` tells which block must run for it to be reached."""
+    """Some columns of a module's input or output, (B, T, W); `layer` tells the block that reaches it."""
 
     module: nn.Module
     at: Literal["input", "output"]
@@ -200,7 +200,7 @@ def mlp_sites(view: HeadView) -> list[Site]:
 
 
 def lora_rank_sites(view: HeadView, adapter: str = "default") -> list[Site]:
-    """Every rank of every LoRA in the blocks: one column of what its A matrix returns. Raises `BadInput` without any."""
+    """Every rank of every LoRA in the blocks: a column of what its A matrix returns. Raises `BadInput` without."""
     sites = []
     for layer, block in enumerate(view.blocks):
         for name, module in block.named_modules():

@@ -20,7 +20,7 @@ from pegbox.analyze.circuits.heads import HeadView, Site
 from pegbox.analyze.circuits.prompts import Prompts
 from pegbox.errors import BadInput, Unsupported
 
-__all__ = ["causal_mask", "knockout", "knocked_logits"]
+__all__ = ["causal_mask", "knocked_logits", "knockout"]
 
 
 def causal_mask(prompts: Prompts, dtype: torch.dtype) -> Tensor:
@@ -49,9 +49,7 @@ def knocked_logits(view: HeadView, prompts: Prompts, query: Tensor, key: Tensor,
         _replaced(view.blocks[start:], mask, blocked),
         edited([(head, lambda x: x[:, -1:])]),
     ):
-        out = view.model(
-            input_ids=prompts.ids, attention_mask=mask, position_ids=prompts.places, use_cache=False
-        )
+        out = view.model(input_ids=prompts.ids, attention_mask=mask, position_ids=prompts.places, use_cache=False)
     logits: Tensor = out.logits[:, -1]
     return logits
 

@@ -4,7 +4,7 @@
     loss = - mean logit[target] + lambda * sum(1 - m)
 
 A desideratum is triples (base prompt, source prompt, target): the target is what the answer becomes if the quantity is
-taken from the source. Adam, m clamped to [0, 1] before each step; what is read out is m rounded, the best on validation.
+taken from the source. Adam, m clamped to [0, 1] before each step; read out is m rounded, the best on validation.
 Prakash et al., arXiv:2402.14811, section 4, after Davies et al., arXiv:2307.03637. A component is any columns of a
 module's input or output: a head, an MLP, a LoRA rank.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,9 +89,9 @@ class _Mixed:
                 site, place = self.parts[i].site, self.places[i]
                 columns = list(site.columns) if isinstance(site.columns, tuple) else site.columns
                 token = y[rows, 0, place].clone()  # written into below; mixing in place would break autograd
-                token[..., columns] = mask[i].to(x.dtype) * taken(x[rows, 0, place], site) + (1 - mask[i].to(x.dtype)) * (
-                    self.source[i].to(x.dtype)
-                )
+                token[..., columns] = mask[i].to(x.dtype) * taken(x[rows, 0, place], site) + (
+                    1 - mask[i].to(x.dtype)
+                ) * (self.source[i].to(x.dtype))
                 y[rows, 0, place] = token
             return y
 
@@ -224,7 +225,7 @@ def learn_mask(
                 loss = mask_loss(mixed.logits(mask), rows.base.right(), mask, lam)
                 (mask.grad,) = torch.autograd.grad(loss, [mask])
             adam.step()
-            history.append(float(loss))
+            history.append(float(loss.detach()))
             if len(history) % every == 0:
                 look()
     look()
@@ -237,7 +238,7 @@ def _split(triples: Triples, shares: tuple[float, float], generator: torch.Gener
     order = torch.randperm(len(triples), generator=generator)
     sizes = [int(share * len(triples)) for share in shares]
     ends = [0, sizes[0], sizes[0] + sizes[1], len(triples)]
-    parts = [order[a:b] for a, b in zip(ends, ends[1:])]
+    parts = [order[a:b] for a, b in pairwise(ends)]
     if any(len(part) == 0 for part in parts):
         raise BadInput(f"{len(triples)} triples do not fill a training, a validation and a test part. Give more.")
     return [triples.take(part) for part in parts]

@@ -1,6 +1,6 @@
 """Many variants of one set of prompts at once: edits at a few tokens, everything else as in a pass already made.
 
-    run(S variants) -> (B, S, V) last-token logits; an edit sees (B, S, P, W): variants, and the P tokens that may change
+    run(S variants) -> (B, S, V) last-token logits; an edit sees (B, S, P, W): variants, and P tokens that may change
 
 `Resumed` begins at a block, on those tokens alone: the others' keys and values are kept, and the variants stand side by
 side as queries of one sequence, hidden from one another by the mask, so that keys are never copied. `Whole` repeats
@@ -210,7 +210,10 @@ class Resumed(Passes):
         batch, count = columns.shape
         sees = columns[:, :, None] >= columns[:, None, :]  # itself included
         sees = (sees & real[:, None, :]) | torch.eye(count, dtype=torch.bool, device=columns.device)
-        own = torch.eye(variants, dtype=torch.bool, device=columns.device)[None, :, None, :, None] & sees[:, None, :, None]
+        own = (
+            torch.eye(variants, dtype=torch.bool, device=columns.device)[None, :, None, :, None]
+            & sees[:, None, :, None]
+        )
         own = own.reshape(batch, variants * count, variants * count)
         if self.keys:
             kept = self.prompts.mask.clone()
@@ -350,7 +353,9 @@ def resumable(view: HeadView, prompts: Prompts) -> bool:
         return False
     if short.shape != whole.shape:
         return False
-    size = 1e-3 * whole.float().abs().max() if whole.dtype in (torch.float32, torch.float64) else 0.1 * whole.float().std()
+    size = (
+        1e-3 * whole.float().abs().max() if whole.dtype in (torch.float32, torch.float64) else 0.1 * whole.float().std()
+    )
     return bool((short - whole).abs().max() <= size)
 
 

@@ -168,7 +168,9 @@ class _Batch:
             heads = [head for at, head in senders if at == layer]
             if not heads or (self.receivers and layer >= last):
                 continue
-            room = self.alone.room(tokens) if not self.receivers else min(p.room(tokens) for p in (self.alone, self.free))
+            room = (
+                self.alone.room(tokens) if not self.receivers else min(p.room(tokens) for p in (self.alone, self.free))
+            )
             for start in range(0, len(heads), room):
                 part = heads[start : start + room]
                 p = self._patched(layer, part)

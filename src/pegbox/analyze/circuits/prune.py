@@ -19,7 +19,7 @@ __all__ = ["Pruned", "prune"]
 
 @dataclass(frozen=True)
 class Pruned:
-    """The circuit left, its accuracy, that of all candidates, and (member, accuracy after it) in the order they went."""
+    """The circuit left, its accuracy, that of all candidates, and (member, accuracy after it) as they went."""
 
     circuit: Circuit
     accuracy: float
@@ -41,7 +41,9 @@ def prune(
     Raises `BadInput` where the candidates answer nothing right, so that nothing could be kept.
     """
     if not 0 < stop <= 1 or at_once < 1:
-        raise BadInput(f"Pruning stops at a share in (0, 1] and takes at least one head at once; got {stop}, {at_once}.")
+        raise BadInput(
+            f"Pruning stops at a share in (0, 1] and takes at least one head at once; got {stop}, {at_once}."
+        )
     whole = ablation.circuits([candidates])[0]
     if whole.accuracy == 0:
         raise BadInput(
