@@ -143,7 +143,7 @@ def test_layouts_refuse():
     rows = examples()
     with pytest.raises(BadInput, match="at least 2"):
         arranged(rows, "pack", 1)
-    with pytest.raises(BadInput, match="all 6 examples have more than 4 tokens \\(the shortest 4\\)|all 6 examples"):
+    with pytest.raises(BadInput, match="all 6 examples have more than 4 tokens"):
         arranged(examples((6, 7, 8, 9, 10, 11)), "pack", 3)
     with pytest.warns(UserWarning, match="2 of 6 examples have more than 10"):
         assert len(arranged(rows, "dynamic", 9)) == 4
@@ -252,7 +252,7 @@ def test_sources_name_tasks_and_sets_number_them_alike(tokenizer, tmp_path):
     from pegbox.data.dataset import encode_rows, load_rows
 
     for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text('{"question": "%s?", "answer": "1"}\n' % name)
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "1"}}\n')
     rows = load_rows([{"path": str(tmp_path / f"{n}.jsonl"), "task": f"task {n}"} for n in "ab"])
     assert [r.task for r in rows] == ["task a", "task b"]
     later = encode_rows(rows.rows[1:], tokenizer, task_names=["task b", "task c"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.helpers import examples, model, stage, weights
+from engine.helpers import examples, stage, weights
 from pegbox.data.base import DATA
 from pegbox.errors import BadInput
 from pegbox.objectives.base import OBJECTIVE

@@ -319,14 +319,14 @@ def test_weights_and_tasks_that_do_not_fit():
     for weights, words in (([1, 2], "2 weights for 3"), ([1, -1, 1], "not negative"), ([0, 0, 0], "not all 0")):
         with pytest.raises(BadInput, match=words):
             objective(balance={"kind": "static", "weights": weights}).setup(ctx)
-    with pytest.raises(BadInput, match="Did you mean 'a'|no task 'aa'"):
+    with pytest.raises(BadInput, match="no task 'aa'"):
         objective(balance={"kind": "static", "weights": {"aa": 1.0}}).setup(ctx)
     with pytest.raises(BadInput, match="task number 7"):
         run(objective(), model, [with_tasks(padded(samples()), [0, 7, 0, 0])])
     with pytest.raises(BadInput, match="2 factors for 3"):
         objective(mode="focal_task", alpha=(1.0, 2.0)).setup(ctx)
+    made = objective(balance={"kind": "static", "weights": [0, 1, 1]})
     with pytest.raises(BadInput, match="leave one"):
-        made = objective(balance={"kind": "static", "weights": [0, 1, 1]})
         run(made, model, [with_tasks(padded(samples()), [0, 0, 0, 0])])
 
 
