@@ -24,7 +24,8 @@ def heat_chart(picture: Picture) -> str:
     ]
     known = [abs(v) for _, _, v in cells if math.isfinite(v)]
     top = max(known, default=0.0)
-    columns, rows = (range(max((c[i] for c in cells), default=0) + 1) for i in (0, 1))
+    columns = range(max((x for x, _, _ in cells), default=0) + 1)
+    rows = range(max((y for _, y, _ in cells), default=0) + 1)
     width, height = (W - LEFT - RIGHT) / len(columns), (H - TOP - BOTTOM) / len(rows)
     body = [_cell(x, y, value, top, width, height, picture) for x, y, value in cells]
     body += [_tick(LEFT + (x + 0.5) * width, H - BOTTOM + 15, str(x), "middle") for x in _some(columns)]

@@ -26,6 +26,6 @@ __all__ = [
     "Marked", "Means", "Part", "Patch", "PathScores", "Prompts", "Pruned", "Site", "Stage", "Triples", "accuracy",
     "attribution", "capture", "cascade", "completeness", "cross_accuracy", "cross_logits", "desideratum", "edited",
     "faithfulness", "gap_closed", "head_means", "head_parts", "knockout", "last_logits", "learn_mask",
-    "lora_rank_sites", "marked_prompts", "minimality", "mlp_sites", "patched_accuracy", "path_patching", "prune", "random_circuits",
-    "rank_correlation",
+    "lora_rank_sites", "marked_prompts", "minimality", "mlp_sites", "patched_accuracy", "path_patching", "prune",
+    "random_circuits", "rank_correlation",
 ]  # fmt: skip

@@ -130,7 +130,8 @@ def desideratum(
 ) -> Triples:
     """A desideratum as tokens; the base prompts' answers are the targets."""
     found = pairs(boxes, name, count, seed, legacy)
-    bases, sources = (boxes.prompts([pair[i] for pair in found], seed) for i in (0, 1))
+    bases = boxes.prompts([base for base, _, _ in found], seed)
+    sources = boxes.prompts([source for _, source, _ in found], seed)
     targets = [boxes.ids[word] for _, _, word in found]
     if legacy and name == "label":
         targets = [int(boxes.tokenizer(word, add_special_tokens=False)["input_ids"][0]) for _, _, word in found]

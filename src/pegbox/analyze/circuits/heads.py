@@ -13,10 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pegbox.errors import BadInput, Unsupported
 from pegbox.parts.anatomy import Anatomy, Attention, Piece
@@ -122,6 +121,7 @@ class HeadView:
         Raises `BadInput` for another kind, `Unsupported` for a fused projection whose layout is not known.
         """
         attention = self.attentions[layer]
+        columns: Columns
         if kind == "o":
             name, columns, at = attention.matrices["o"], self._slice(head, self.value_size), "input"
         elif kind in COMPOSITIONS:
@@ -207,7 +207,7 @@ def lora_rank_sites(view: HeadView, adapter: str = "default") -> list[Site]:
             inner = getattr(module, "lora_A", None)
             if isinstance(inner, nn.ModuleDict) and adapter in inner:
                 down = inner[adapter]
-                rank = int(torch.as_tensor(down.weight.shape[0]))  # type: ignore[union-attr]
+                rank = int(cast(Tensor, down.weight).shape[0])
                 sites += [Site(down, "output", slice(i, i + 1), layer, f"{layer}.{name}.{i}") for i in range(rank)]
     if not sites:
         raise BadInput(f"The model has no LoRA '{adapter}' in its blocks, so there are no ranks to mask.")
