@@ -28,7 +28,7 @@ from pegbox.parts.files import read_json
 from pegbox.parts.indexsets import index_dtype, numel
 from pegbox.parts.rowsets import flat_of_columns, unpack_columns
 
-__all__ = ["acting", "base_parameters", "base_recorded", "read_difference"]
+__all__ = ["acting", "base_parameters", "base_recorded", "checked_difference", "read_difference"]
 
 _PREFIX, _LAYER, _COPY = "base_model.model.", ".base_layer.", ".modules_to_save."
 
@@ -140,6 +140,20 @@ def read_difference(place: str | Path, model: nn.Module) -> Delta:
         if shapes.of(name, path) != piece.shape:
             raise WrongBase(f"{path}: '{name}' has shape {piece.shape}, and {shapes.of(name, path)} in this model.")
     return delta
+
+
+def checked_difference(place: str | Path, model: nn.Module, where: str, *, other_base: bool = False) -> Delta:
+    """`read_difference`, refused where the place records another base than this model's (`WrongBase`).
+
+    where: the option's name, for the message. other_base: take it all the same.
+    """
+    recorded, own = base_recorded(place), getattr(model, "pegbox_source", None)
+    if recorded is not None and own is not None and recorded != own.fingerprint and not other_base:
+        raise WrongBase(
+            f"{where}: {place} was made on the base {recorded}, and this model is {own.fingerprint}. Give other_base: "
+            "true to take it all the same."
+        )
+    return read_difference(place, model)
 
 
 def base_recorded(place: str | Path) -> str | None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -26,10 +25,10 @@ from pydantic import Field
 from torch import nn
 
 from pegbox.data.base import DATA, DataPolicy
-from pegbox.errors import BadInput, WrongBase, did_you_mean
+from pegbox.errors import BadInput, did_you_mean
 from pegbox.parts.context import Context, seed_of
 from pegbox.parts.deltas import Delta, Piece
-from pegbox.parts.differences import acting, base_parameters, base_recorded, read_difference
+from pegbox.parts.differences import acting, base_parameters, checked_difference
 from pegbox.parts.view import Batch
 
 __all__ = ["Blocks", "MultiSource", "SourceState"]
@@ -166,13 +165,8 @@ class MultiSource(DataPolicy):
             raise BadInput(f"data.multi_source.parts names '{absent[0]}', of which there are no rows.")
 
     def _read(self, name: str, place: str, ctx: Context) -> Delta:
-        recorded, own = base_recorded(Path(place)), getattr(ctx.model, "pegbox_source", None)
-        if recorded is not None and own is not None and recorded != own.fingerprint and not self.other_base:
-            raise WrongBase(
-                f"data.multi_source.parts.{name}: {place} was made on the base {recorded}, and this run's is "
-                f"{own.fingerprint}. Give other_base: true to take it all the same."
-            )
-        return read_difference(place, ctx.model)
+        where = f"data.multi_source.parts.{name}"
+        return checked_difference(place, ctx.model, where, other_base=self.other_base)
 
 
 def _by_task(dataset: Sequence[dict[str, Any]]) -> list[list[int]]:
