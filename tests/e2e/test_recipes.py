@@ -10,6 +10,7 @@ from pegbox.recipe import catalogue
 NETWORK = {"path": "network", "limit": 8, "families": ["subnet"]}
 COMMON = {"steps": 2, "batch": 2, "micro_batch": 2, "max_length": 400, "suites": [], "eval_split": 0.0}
 SMALL = {
+    "mftcoder": ["tuner.r=4"],
     "corda": ["prepare.0.rank=4", "tuner.r=4", "tuner.lora_alpha=4"],
     "lift": ["select.filter_rank=4"],
     "sara": ["objective.terms.0.min_side=8"],
@@ -20,13 +21,14 @@ SMALL = {
     "qlora": ["tuner.r=4"],
     "s2ft": ["select.ratios.o=0.25"],
     "dpo": ["tuner.r=4"],
+    "morepair": ["tuner.r=4"],
 }
 TRAINED = [name for name, block in catalogue().items() if (block.get("protocol") or {}).get("kind") != "posthoc"]
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_recipe(name, base, rows, tmp_path):
-    data = {"dpo": str(rows / "prefs.jsonl")}.get(name, NETWORK)
+    data = {"dpo": str(rows / "prefs.jsonl"), "morepair": {"path": "repair", "limit": 8}}.get(name, NETWORK)
     run = pegbox.train(name, model=str(base), data=data, out=tmp_path / "run", overrides=SMALL.get(name, []), **COMMON)
     assert run.status == "finished"
     model, tokenizer = run.model()

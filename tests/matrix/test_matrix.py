@@ -59,6 +59,7 @@ AXES = {
         "sft": {"token": {"kind": "sft"}},
         "dft": {"token": {"kind": "dft"}},
         "asft": {"kind": "asft", "mode": "asft", "lam": 0.1},
+        "views": {"kind": "multi_view", "views": {"again": 0.5}, "neftune": 1.0},
         "low rank": {"token": {"kind": "sft"}, "terms": [{"kind": "nuclear_norm", "min_side": 0}]},
         "tasks": {"kind": "task_balanced", "balance": "famo"},
         "focal": {"kind": "task_balanced", "mode": "focal_task", "inner": {"chunk": 64}},
@@ -74,7 +75,9 @@ AXES = {
     "data": {
         "plain": [],
         "corrupted": [{"kind": "corruption", "rate": 0.3, "form": "existing", "token": 3}],
+        "weighed": [{"kind": "bayesian_scheduler", "safe": {"path": "network", "split": "validation", "limit": 4}}],
         "mixed": [{"kind": "mixture"}, {"kind": "layout", "mode": "pack", "seq_length": 900}],
+        "again": [{"kind": "views", "templates": {"again": "{answer} {answer}"}}],
     },
     "prepare": {
         "as it is": [],
@@ -92,6 +95,9 @@ AXES = {
 
 # (choice, choice) -> a word of the reason. Everything else must work.
 REFUSED = {
+    ("objective=views", "data=plain"): "no data policy makes",
+    ("objective=views", "data=corrupted"): "no data policy makes",
+    ("objective=views", "data=mixed"): "no data policy makes",
     ("prepare=nf4", "analyze=path"): "are quantized",
     ("tuner=lora", "select=random"): "takes no selection",
     ("tuner=lora", "select=principal"): "takes no selection",

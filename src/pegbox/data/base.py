@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class DataPolicy(Component):
 
     changes_labels: ClassVar[bool] = False
     gives_episodes: ClassVar[bool] = False  # its batches say which episode they are of
+    keeps_views: ClassVar[bool] = True  # other forms of a row (`views`) stand in what `prepare` returns too
     training_only: ClassVar[bool] = True  # not applied in evaluation
     moves_weights: ClassVar[bool] = False  # `acting` changes the base's weights for a while
 
@@ -66,6 +68,9 @@ class DataPolicy(Component):
     def apart(self, state: Any, dataset: Sequence[dict[str, Any]], ctx: Context) -> Sequence[Sequence[int]] | None:
         """Row numbers in groups whose rows never share an evaluation batch; None: any rows may."""
         return None
+
+    def save(self, state: Any, folder: Path) -> None:
+        """Leave what was learnt in an existing empty folder beside the stage's artefact."""
 
     def observe(self, state: Any, sample_ids: Tensor, outcomes: dict[str, Tensor]) -> None:
         """Told of each sample's loss after a step."""

@@ -4,7 +4,7 @@
     theta:      mean_safe l + mean_b w_b l_b        w: mean_b w_b l_b + priors, the losses of the same forward
 
 l is a row's mean loss per token. A row that fits well once the model also fits the trusted rows keeps a low loss and
-gains weight; one that fights them fades. No labels, no attack simulated. With `sampler: sgld` the logits are samples of
+gains weight; one that fights them fades. No labels, no attack simulated. With `optimizer: sgld` the logits are samples of
 the posterior, and their mean and spread over the samples are reported; `adamw` finds one point.
 
 Paper: arXiv:2510.27172. The policy adds trusted rows to each batch and weighs all rows, so any objective that takes
@@ -163,7 +163,7 @@ class BayesianScheduler(DataPolicy):
         ratio: trusted rows per training row in a batch.
         scheduler: scalar, or neural with the model under `models: {scheduler: ...}` as its encoder.
         activation: of the logits. start: where scalar logits begin; None: 0.1, or 1 in weight for the others.
-        sampler: adamw (`betas`), or sgld and psgld with `temperature`, `burn_in` updates before samples count.
+        optimizer: adamw (`betas`), or sgld and psgld with `temperature`, `burn_in` updates before samples count.
         lr: of the logits or the network.
         entropy, gaussian (with mu, sigma), benign_share (with count_sigma): priors on scalar logits.
         baseline: what is taken out of a row's loss before the scheduler sees it: none, base (the untuned model's on the
@@ -185,7 +185,7 @@ class BayesianScheduler(DataPolicy):
     scheduler: Literal["scalar", "neural"] = "scalar"
     activation: Activation = "softmax"
     start: float | None = None
-    sampler: Literal["adamw", "sgld", "psgld"] = "adamw"
+    optimizer: Literal["adamw", "sgld", "psgld"] = "adamw"
     lr: Positive = 5e-3
     betas: tuple[float, float] = (0.9, 0.95)
     temperature: NotNegative = 1.0
@@ -294,10 +294,12 @@ class BayesianScheduler(DataPolicy):
         return made.to(ctx.device)
 
     def _optimizer(self, ctx: Context, parameters: list[Any]) -> torch.optim.Optimizer:
-        if self.sampler == "adamw":
+        if self.optimizer == "adamw":
             return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=0.0)
         noise = ctx.generator("scheduler noise", device=parameters[0].device if self.scheduler == "scalar" else "cpu")
-        return Langevin(parameters, self.lr, self.temperature, preconditioned=self.sampler == "psgld", generator=noise)
+        return Langevin(
+            parameters, self.lr, self.temperature, preconditioned=self.optimizer == "psgld", generator=noise
+        )
 
     def _prior(self, logits: Tensor, weights: Tensor) -> Tensor:
         total = logits.new_zeros(())

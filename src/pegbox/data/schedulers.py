@@ -215,8 +215,12 @@ class NeuralScheduler(nn.Module):
         self.level.copy_(self.known.logsumexp(0) - math.log(self.known.shape[0]))
 
     def update(self, rows: Tensor, losses: Tensor, batch: Batch | None = None) -> None:
-        """One step on mean_b w_b l_b through the network. With normalise dataset the level moves with the rows: its
-        gradient is that of log mean exp over all known logits, the batch's own being live."""
+        """One step on mean_b w_b l_b through the network.
+
+        With normalise dataset the level's value is that of all known logits and its gradient that of the batch's: a
+        shift of all logits then changes nothing, as it should. (The others' logits held fixed, the head's bias would
+        chase the rows of each batch.)
+        """
         if self.frozen:
             return
         assert batch is not None
@@ -227,8 +231,8 @@ class NeuralScheduler(nn.Module):
             with torch.enable_grad():
                 logits = self.logits(batch)
                 if self.activation == "softmax" and self.normalise == "dataset":
-                    live = self.known.to(logits).index_put((rows,), logits)
-                    weights = weights_of(live)[rows]
+                    here = logits.logsumexp(0)
+                    weights = (logits - (self.level + here - here.detach())).exp()
                 else:
                     weights = self.activated(logits)
                 energy(weights, losses.to(weights)).backward()

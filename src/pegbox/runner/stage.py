@@ -119,6 +119,7 @@ class StageJob:
             if record:
                 preparation.finish(model, record)
         self._write_artefact(model, tokenizer, records, outcome, continued)
+        self._save_policies(outcome)
         cost = outcome.cost.model_copy(update={"seconds": outcome.cost.seconds + before})
         readings = {"status": outcome.status, "best": outcome.best, "selections": _told(allocation, schedules)}
         return TrainedStage(cost, outcome.log, {k: v for k, v in readings.items() if v is not None})
@@ -181,6 +182,17 @@ class StageJob:
             for name, source in policy.sources().items():
                 found[name] = self.data.encode(self.data.other(source), self.recipe.task, tokenizer)
         return found
+
+    def _save_policies(self, outcome: Any) -> None:
+        """What data policies learnt, in folders data-0, data-1, ... of the stage."""
+        from pegbox.data.base import DataPolicy
+
+        for i, policy in enumerate(self.recipe.data):
+            if type(policy).save is not DataPolicy.save and _main():
+                temporary = self.folder / f".data-{i}"
+                temporary.mkdir(parents=True, exist_ok=True)
+                policy.save(outcome.states[f"data.{i}"], temporary)
+                replace_folder(temporary, self.folder / f"data-{i}")
 
     def _evaluator(self, tokenizer: Any) -> Callable[[nn.Module], Mapping[str, float]] | None:
         score = self.evaluator
