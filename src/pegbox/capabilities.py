@@ -337,6 +337,12 @@ def views_are_made(recipe: Recipe, facts: Facts) -> str | None:
             "of each row, which no data policy makes. Add data: [{kind: views, templates: {NAME: TEXT}}], or leave the "
             "view out of the objective."
         )
+    losing = [policy.kind for policy in recipe.data if not type(policy).keeps_views]
+    if recipe.objective.view_names and losing:
+        return (
+            f"data policy '{losing[0]}' lays rows out anew and loses their views, which objective "
+            f"'{recipe.objective.kind}' reads. Leave it out (rows.packing packs views too)."
+        )
     return None
 
 

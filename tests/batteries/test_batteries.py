@@ -262,6 +262,10 @@ class TestTaskBalancedAsft(battery(ObjectiveBattery, {"kind": "task_balanced", "
     pass
 
 
+class TestMultiView(battery(ObjectiveBattery, {"kind": "multi_view", "views": {}})):
+    pass
+
+
 class TestKlTerm(
     battery(ObjectiveBattery, {"token": {"kind": "sft"}, "terms": [{"kind": "kl_to_reference", "weight": 0.1}]})
 ):
@@ -295,6 +299,10 @@ class TestSm3(battery(StepBattery, {"kind": "sm3", "lr": 0.05})):
 
 
 class TestMezo(battery(StepBattery, {"kind": "mezo", "lr": 0.01})):
+    pass
+
+
+class TestViews(battery(PolicyBattery, {"kind": "views", "eos_as_pad": True})):
     pass
 
 

@@ -245,3 +245,7 @@ def test_views_that_nobody_makes_are_refused():
     with pytest.raises(Unsupported, match="no data policy makes"):
         check(recipe)
     check(load_recipe({"tuner": {"kind": "full"}, "objective": {"kind": "multi_view", "views": {"explain": 0.0}}}))
+    packed_rows = [{"kind": "views"}, {"kind": "layout", "mode": "pack"}]
+    recipe = load_recipe({"tuner": {"kind": "full"}, "objective": {"kind": "multi_view"}, "data": packed_rows})
+    with pytest.raises(Unsupported, match="loses their views"):
+        check(recipe)

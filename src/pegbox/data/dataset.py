@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pegbox.data import network
+from pegbox.data import network, repair
 from pegbox.data.encode import encode_rows
 from pegbox.data.encoded import EncodedSet
 from pegbox.data.formats import convert, detect, rename
@@ -38,6 +38,8 @@ __all__ = [
 Sources = str | Path | Source | Mapping[str, Any] | Sequence[str | Path | Source | Mapping[str, Any]]
 
 NETWORK_COUNTS = {"train": 1200, "validation": 100, "test": 300}  # rows of the built-in task unless a limit is given
+REPAIR_COUNTS = {"train": 1000, "validation": 100, "test": 300}  # as many as there are
+_TASKS = {"network": (network.rows, NETWORK_COUNTS), "repair": (repair.rows, REPAIR_COUNTS)}
 
 
 @dataclass
@@ -160,7 +162,7 @@ def load_splits(
     sets: dict[str, float | RowSet] = {}
     for name, given in (("validation", validation), ("test", test)):
         if isinstance(given, int | float):
-            own = Source(path="network", split=name, seed=listed[0].seed, families=listed[0].families)
+            own = {"path": listed[0].path, "split": name, "seed": listed[0].seed, "families": listed[0].families}
             sets[name] = load_rows(own) if builtin else float(given)
         else:
             sets[name] = load_rows(given, mapping=mapping, format=format)
@@ -176,10 +178,12 @@ def _listed(sources: Sources) -> list[Source]:
 def _read(source: Source, mapping: Mapping[str, str], format: str) -> tuple[list[Row], str]:
     if source.builtin:
         if source.map or source.format != "auto" or source.config:
-            raise BadInput("The built-in 'network' task makes its own rows: `map`, `format` and `config` don't apply.")
+            raise BadInput(
+                f"The built-in '{source.path}' task makes its own rows: `map`, `format` and `config` don't apply."
+            )
+        make, counts = _TASKS[source.path]
         split = source.split or "train"
-        count = source.limit or NETWORK_COUNTS.get(split, 0)
-        return network.rows(split, count, source.seed, source.families or network.FAMILIES), "network"
+        return make(split, source.limit or counts.get(split, 0), source.seed, source.families), source.path
     names = source.map or mapping
     records = []
     for record, where in read_records(source):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pegbox.data.messages import read_messages
+from pegbox.data.repair.rows import EXAMPLE, KEPT, read_humanevalpack, read_repair, read_separated
 from pegbox.data.rows import Row, bad_row, content_of, row_id
 from pegbox.errors import BadInput, did_you_mean
 
@@ -31,7 +32,7 @@ class Format:
 
     Args:
         needs: each entry is a set of alternative columns, of which a record has exactly one.
-        extras: columns it may have beside those and the common ones.
+        extras: columns it may have beside those and the common ones. kept: such that stay in the row's `meta`.
         read: record, its columns by role, place -> fields of a Row.
         example: a minimal record.
     """
@@ -41,6 +42,7 @@ class Format:
     read: Callable[[Values, str], dict[str, Any]]
     example: dict[str, Any]
     extras: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def fits(self, columns: set[str]) -> bool:
         return all(any(c in columns for c in alternatives) for alternatives in self.needs)
@@ -98,6 +100,7 @@ def convert(record: Values, fmt: Format, where: str) -> Row:
             raise bad_row(where, alternatives[0], "the column is missing or empty", _needs(fmt), fmt.example)
     fields = fmt.read(record, where)
     used = {c for group in fmt.needs for c in group} | set(fmt.extras) | set(COMMON)
+    meta = {key: value for key, value in record.items() if key not in used} | fields.pop("meta", {})
     row = Row(
         id="",
         tools=_tools(record.get("tools"), where) if "tools" in fmt.extras else None,
@@ -105,7 +108,7 @@ def convert(record: Values, fmt: Format, where: str) -> Row:
         group=_word(record, "group", where),
         weight=_weight(record.get("weight"), where),
         source=where,
-        meta={key: value for key, value in record.items() if key not in used},
+        meta=meta,
         **fields,
     )
     return replace(row, id=row_id(content_of(row)))
@@ -325,6 +328,20 @@ _PAIR_COLUMNS = tuple(dict.fromkeys(c for pair in _PAIRS for c in pair))
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
+        Format("repair", (("buggy",), ("fixed",)), read_repair, EXAMPLE, kept=KEPT),
+        Format(
+            "humanevalpack",
+            (("buggy_solution",), ("canonical_solution",), ("test",)),
+            read_humanevalpack,
+            {
+                "declaration": "def f(x):\n",
+                "buggy_solution": "    return 0",
+                "canonical_solution": "    return x",
+                "test": "",
+            },
+            kept=("declaration", "prompt", "instruction", "entry_point", "language", "rationale"),
+        ),
+        Format("separated", (("separated",),), read_separated, {"separated": "INPUT</s>OBJ1</s>OBJ2</s>"}, ("eos",)),
         Format(
             "preference",
             (("chosen",), ("rejected",)),
@@ -384,4 +401,4 @@ FORMATS: dict[str, Format] = {
         Format("text", (("text", "content"),), _read_text, {"text": "Any text."}),
     )
 }
-_EXTRAS = {c for f in FORMATS.values() for c in f.extras}
+_EXTRAS = {c for f in FORMATS.values() for c in (*f.extras, *f.kept)}

@@ -23,10 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pegbox.errors import BadInput
 from pegbox.parts.component import explain
 
-__all__ = ["SUFFIXES", "Record", "Source", "as_source", "read_records"]
+__all__ = ["BUILTIN", "SUFFIXES", "Record", "Source", "as_source", "read_records"]
 
 Record = tuple[Any, str]  # (what was written, "file, line n")
 
+BUILTIN = ("network", "repair")  # tasks that make their own rows
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -35,13 +36,13 @@ class Source(BaseModel):
     """One source of rows.
 
     Args:
-        path: a file, a folder, a hub name, or "network".
+        path: a file, a folder, a hub name, or a built-in task ("network", "repair").
         weight: share of this source in the mix; sources without weights are simply joined.
         format: a name of `formats.FORMATS`, or "auto". map: canonical name -> column.
-        split, config: of a hub set; for "network" `split` is train, validation or test.
-        limit: at most so many rows, from the beginning. For "network": how many.
+        split, config: of a hub set; for a built-in task `split` is train, validation or test.
+        limit: at most so many rows, from the beginning. For a built-in task: how many.
         task: the task's name for rows that don't say one.
-        seed: for "network". families: for "network", a subset of its families.
+        seed: for a built-in task. families: a subset of its families (of "repair": its mutation operators).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +60,7 @@ class Source(BaseModel):
 
     @property
     def builtin(self) -> bool:
-        return self.path == "network"
+        return self.path in BUILTIN
 
 
 def as_source(value: Any) -> Source:
@@ -78,10 +79,10 @@ def as_source(value: Any) -> Source:
 
 def _from_text(text: str) -> dict[str, Any]:
     name, *options = text.split(":")
-    if name != "network":
+    if name not in BUILTIN:
         return {"path": text}
     if len(options) > 2 or (len(options) == 2 and not options[1].isdigit()):
-        raise BadInput(f"'{text}': expected network, network:SPLIT or network:SPLIT:COUNT, e.g. network:test:300.")
+        raise BadInput(f"'{text}': expected {name}, {name}:SPLIT or {name}:SPLIT:COUNT, e.g. {name}:test:300.")
     return {"path": name} | dict(zip(("split", "limit"), options))
 
 
@@ -98,7 +99,7 @@ def read_records(source: Source) -> Iterator[Record]:
         return _read_hub(source)
     raise BadInput(
         f"Data '{source.path}' not found: no such file or folder. Give a file ({', '.join(SUFFIXES)}, also with .gz), "
-        "a folder of such files, a hub name such as org/name, or 'network'."
+        "a folder of such files, a hub name such as org/name, or 'network' or 'repair'."
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pegbox.evaluate.suites import Part, Suite
 from pegbox.parts.calibration import Difference, bootstrap, expected_calibration_error, paired_difference
 from pegbox.parts.context import seed_of
 from pegbox.parts.files import write_text
-from pegbox.parts.generation import LocalModel, as_evaluated
+from pegbox.parts.generation import LocalModel, Sampling, as_evaluated
 from pegbox.parts.results import Example, Measurement, Score
 from pegbox.parts.view import ModelView
 
@@ -138,6 +139,7 @@ class _Once:
     def __init__(self, generate: Generate):
         self._generate = generate
         self._known: dict[tuple[str, int], str] = {}
+        self._drawn: dict[tuple[Sampling, int], _Once] = {}
 
     def __call__(self, messages: Sequence[list[dict[str, Any]]], max_new_tokens: int, /) -> list[str]:
         keys = [(json.dumps(m, sort_keys=True, default=str), max_new_tokens) for m in messages]
@@ -148,6 +150,18 @@ class _Once:
                 raise BadInput(f"generate() gave {len(new)} answers to {len(missing)} prompts.")
             self._known.update(zip(missing, new, strict=True))
         return [self._known[k] for k in keys]
+
+    def sampled(self, messages: Sequence[list[dict[str, Any]]], max_new_tokens: int, how: Sampling) -> list[str]:
+        """Answers drawn with these settings, each (prompt, length, settings) once. Raises `BadInput` where the
+        generator has settings of its own."""
+        if not isinstance(self._generate, LocalModel):
+            raise BadInput(
+                "These answers are drawn by a decoder with settings of its own; it can't be asked to sample."
+            )
+        key = (how, max_new_tokens)
+        if key not in self._drawn:
+            self._drawn[key] = _Once(replace(self._generate, sampling=how))
+        return self._drawn[key](messages, max_new_tokens)
 
 
 def _context_length(view: ModelView) -> int:

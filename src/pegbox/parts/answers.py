@@ -198,7 +198,11 @@ def _generic(row: Any, answer: str) -> bool:
 
 
 # Checkers by task name: functions, or "module:function" that is imported when first needed.
-CHECKERS: dict[str, Checker | str] = {"answer": _generic, "network": "pegbox.data.network:check"}
+CHECKERS: dict[str, Checker | str] = {
+    "answer": _generic,
+    "network": "pegbox.data.network:check",
+    "repair": "pegbox.data.repair:check",
+}
 
 
 def register_checker(name: str, checker: Checker | str) -> None:

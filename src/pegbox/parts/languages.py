@@ -18,12 +18,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pegbox.errors import BadInput, Unsupported, did_you_mean
 from pegbox.parts.sandbox import DEFAULT, Limits, Outcome, box, run, run_python
 
-__all__ = ["LANGUAGES", "Job", "available", "check", "check_all", "fenced", "language_named", "missing_tools"]
+__all__ = ["LANGUAGES", "Job", "available", "check", "check_all", "fenced", "job_of", "language_named", "missing_tools"]
 
 
 class Job(NamedTuple):
@@ -83,6 +83,14 @@ def check_all(jobs: Sequence[Job], limits: Limits = DEFAULT, workers: int = 2) -
     with ThreadPoolExecutor(max(1, workers)) as pool:
         found = dict(zip(distinct, pool.map(lambda job: check(job, limits), distinct)))
     return [found[job] for job in jobs]
+
+
+def job_of(row: Any, answer: str) -> Job:
+    """An answer's code and the tests in the row's meta. Raises `BadInput` for a row without tests."""
+    language, tests = language_named(str(row.meta.get("language", "python"))), row.meta.get("tests")
+    if not tests:
+        raise BadInput(f"Row {row.id} has no `tests`, so a repair of it can't be judged. Give the column.")
+    return Job(language, fenced(answer, language), str(tests))
 
 
 def fenced(text: str, language: str = "") -> str:

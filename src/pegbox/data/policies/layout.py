@@ -36,6 +36,7 @@ class LayoutPolicy(DataPolicy):
     """
 
     reproduces: ClassVar[str] = "arXiv:2311.02303"
+    keeps_views: ClassVar[bool] = False
 
     kind: Literal["layout"] = "layout"
     mode: Layout = "dynamic"

@@ -3,6 +3,7 @@
 from pegbox.evaluate.metrics.generated import F1, Contains, ExactMatch, Number, Verified
 from pegbox.evaluate.metrics.likelihood import Accuracy, Loss, MultipleChoice, Perplexity
 from pegbox.evaluate.metrics.user import Function, metric_from
+from pegbox.evaluate.repair import Repair
 
 __all__ = [
     "F1",
@@ -14,6 +15,7 @@ __all__ = [
     "MultipleChoice",
     "Number",
     "Perplexity",
+    "Repair",
     "Verified",
     "metric_from",
 ]
