@@ -103,7 +103,7 @@ def light(base: nn.Module, world: World, seed: int) -> ModelPair:
     torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(base), config)
-    fit(model, world, 300, 1e-2, ROWS // 2, ROWS // 2)
+    fit(model, world, 400, 1e-2, ROWS // 2, ROWS // 2)
     return ModelPair(model.eval())
 
 

@@ -360,6 +360,10 @@ class TestTaskArithmetic(battery(WeightOpBattery, {"kind": "task_arithmetic"}, t
     pass
 
 
+class TestDare(battery(WeightOpBattery, {"kind": "dare", "drop": 0.5}, tuned_inputs=2)):
+    pass
+
+
 class TestTies(battery(WeightOpBattery, {"kind": "ties"}, tuned_inputs=2)):
     pass
 

@@ -51,6 +51,36 @@ def test_trim_keeps_one_more_than_its_share():
     assert kept == [-8.0, 9.0, -10.0]  # int(10 * .2) + 1
 
 
+def test_dare_drops_a_share_and_rescales_the_rest():
+    """drop 0 is task arithmetic; the rest is divided by what is left; the mean over draws is the whole vector."""
+    base, tuned = vectors([1.0] * 4000, [2.0] * 4000)
+    assert run("dare", base, tuned, drop=0.0) == run("task_arithmetic", base, tuned)
+    one = run("dare", base, tuned[:1], drop=0.75)
+    assert set(one) == {0.0, 4.0}
+    assert sum(v == 0 for v in one) / 4000 == pytest.approx(0.75, abs=0.03)
+    assert set(run("dare", base, tuned[:1], drop=0.75, rescale=False)) == {0.0, 1.0}
+    mean = sum(run("dare", base, tuned, drop=0.5)) / 4000
+    assert mean == pytest.approx(3.0, abs=0.15)
+    assert run("dare", base, tuned, then="average", drop=0.0) == [1.5] * 4000
+
+
+def test_dare_draws_by_seed_task_and_tensor():
+    base, tuned = vectors([1.0] * 50, [1.0] * 50)
+    assert run("dare", base, tuned, drop=0.5) == run("dare", base, tuned, drop=0.5)
+    assert run("dare", base, tuned, drop=0.5) != run("dare", base, tuned, drop=0.5, seed=1)
+    assert set(run("dare", base, tuned, drop=0.5)) == {0.0, 2.0, 4.0}  # the two tasks drop other entries
+    together = run("dare", base, tuned[:1], drop=0.5)
+    again = run("dare", base, [tuned[0], {"layers.0.w": torch.zeros(50, dtype=torch.float64)}], drop=0.5)
+    assert together == again
+
+
+def test_dare_then_ties_elects_among_what_is_left():
+    base, tuned = vectors([3.0, -1.0], [1.0, 2.0])
+    assert run("dare", base, tuned, drop=0.0, then="ties") == [2.0, 2.0]
+    with pytest.raises(BadInput, match="less than 1"):
+        run("dare", base, tuned, drop=1.0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0.01, 10), min_size=3, max_size=12), st.integers(1, 4))
 def test_ties_of_agreeing_signs_is_the_sum(values, tasks):

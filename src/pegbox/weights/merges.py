@@ -1,9 +1,9 @@
 """Merges of K task vectors over one base, each one function from task vectors to a merged update.
 
 Definitions follow the code of LiNeS (arXiv:2410.17146), which is built on TIES (arXiv:2306.01708) and on TALL masks and
-consensus (arXiv:2405.07813), down to which entries a threshold keeps. Each function below is also a recipe's weight
-operation of that name, with a constant or LiNeS as scaler. They see one tensor of one model at a time; thresholds over
-whole vectors are found by streaming.
+consensus (arXiv:2405.07813), down to which entries a threshold keeps; DARE follows its paper (arXiv:2311.03099). Each
+function below is also a recipe's weight operation of that name, with a constant or LiNeS as scaler. They see one tensor
+of one model at a time; thresholds over whole vectors are found by streaming.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pegbox.errors import BadInput
 from pegbox.parts.algebra import weighted_sum
+from pegbox.parts.context import seed_of
 from pegbox.weights.operation import merge
 from pegbox.weights.updates import Merged, Updates
 
@@ -25,6 +26,8 @@ __all__ = [
     "average",
     "combine_elected",
     "consensus",
+    "dare",
+    "dropped",
     "elect",
     "magnitude_mask",
     "rewarded_soup",
@@ -47,6 +50,34 @@ def task_arithmetic(updates: Updates, *, keep: Percent = 100.0) -> Merged:
         return weighted_sum(trimmed(name), [1.0] * updates.count)
 
     return Merged(total, total)
+
+
+@merge("dare", "arXiv:2311.03099")
+def dare(
+    updates: Updates,
+    *,
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+    rescale: bool = True,
+    then: Literal["sum", "average", "ties"] = "sum",
+    combine: Literal["mean", "sum", "max"] = "mean",
+    seed: int = 0,
+) -> Merged:
+    """DARE: drop a random share of each task vector and divide the rest by what is left, then merge.
+
+    `rescale`: divide by 1 - drop, so that the expected vector is the whole one. `then`: how the sparse vectors are
+    merged ("ties": elect signs, combine what agrees). The draw of an entry depends on (seed, task, tensor) alone.
+    """
+
+    def sparse(name: str) -> list[Tensor]:
+        return [dropped(updates.delta(t, name), drop, rescale, seed, t, name) for t in range(updates.count)]
+
+    def update(name: str) -> Tensor:
+        values = sparse(name)
+        if then == "ties":
+            return combine_elected(values, elect(values), combine)
+        return weighted_sum(values, [1.0 / (updates.count if then == "average" else 1)] * updates.count)
+
+    return Merged(update, lambda name: _plain(updates, name))
 
 
 @merge("average", "arXiv:2203.05482")
@@ -135,6 +166,13 @@ def magnitude_mask(updates: Updates, *, task: Index, keep: Percent = 20.0) -> Me
 def tall_mask(delta: Tensor, total: Tensor, threshold: float) -> Tensor:
     """Where a task's own change outweighs what the others add: |tau_t| > lambda |tau_sum - tau_t|."""
     return delta.abs() > threshold * (total - delta).abs()
+
+
+def dropped(delta: Tensor, drop: float, rescale: bool, seed: int, task: int, name: str) -> Tensor:
+    """A random share `drop` of the entries at zero, the others divided by 1 - drop where `rescale`."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "dare", task, name))
+    kept = torch.rand(delta.shape, generator=generator, dtype=torch.float64).to(delta.device) >= drop
+    return delta.mul_(kept).div_(1 - drop if rescale else 1.0)
 
 
 def elect(values: list[Tensor]) -> Tensor:
