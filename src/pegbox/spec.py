@@ -20,6 +20,7 @@ from pegbox.recipe import Recipe
 __all__ = ["DataSettings", "EvalSettings", "RunSpec"]
 
 LENGTHS = ("epochs", "steps", "tokens")  # how long a stage trains: exactly one is given
+BOUNDS = ("min_steps", "max_steps")
 
 
 class _Block(BaseModel):
@@ -100,6 +101,8 @@ class RunSpec(_Block):
         merged = {**self.train, **changes}
         if any(merged.get(k) is not None for k in LENGTHS if k in changes):
             merged = {k: v for k, v in merged.items() if k not in LENGTHS or k in changes}
+        if changes.get("steps") is not None:  # a stage that says its steps is not bounded by the run's bounds
+            merged = {k: v for k, v in merged.items() if k not in BOUNDS or k in changes}
         return _train_settings({**merged, "seed": self.seed})
 
     @classmethod

@@ -30,6 +30,9 @@ def test_lengths_exclude_each_other():
         spec(epochs=1)
     assert spec().settings(epochs=2).steps is None
     assert spec(steps=None).settings().epochs == 1
+    bounded = spec(steps=None, overrides=["train.epochs=2", "train.max_steps=9"])
+    assert bounded.settings().max_steps == 9
+    assert bounded.settings(steps=3).max_steps is None
 
 
 @pytest.mark.parametrize(

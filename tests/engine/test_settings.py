@@ -64,3 +64,16 @@ def test_what_may_change_on_resuming_is_not_pinned():
     a = TrainSettings(steps=4, save_every=2, tracker=("wandb",)).pinned()
     assert a == TrainSettings(steps=4, save_every=3, log_every=5, device="cpu").pinned()
     assert a != TrainSettings(steps=4, seed=1).pinned()
+
+
+def test_epochs_come_to_steps_within_bounds():
+    """Clipped to the upper bound, raised to the lower one; neither with steps, and not the wrong way round."""
+    settings = TrainSettings(epochs=3, min_steps=10, max_steps=20)
+    assert [settings.bounded(n) for n in (4, 15, 30)] == [10, 15, 20]
+    assert TrainSettings(epochs=3).bounded(7) == 7
+    with pytest.raises(BadInput, match="min_steps is 5, above max_steps, which is 4"):
+        TrainSettings(epochs=1, min_steps=5, max_steps=4)
+    with pytest.raises(BadInput, match="with steps leave them out"):
+        TrainSettings(steps=1, max_steps=4)
+    with pytest.raises(BadInput, match="exactly one of epochs, steps, tokens"):
+        TrainSettings(min_steps=5, max_steps=10)

@@ -660,3 +660,10 @@ def test_a_view_may_be_given_as_it_is_and_unknown_callbacks_are_refused(tmp_path
     stage(tmp_path / "a", net=net, view=CausalView(net), steps=1)
     with pytest.raises(TypeError, match="callbacks must be"):
         stage(tmp_path / "b", callbacks=[object()])
+
+
+@pytest.mark.parametrize(("bounds", "steps"), [({"max_steps": 3}, 3), ({"min_steps": 12}, 12), ({}, 10)])
+def test_a_stage_is_as_long_as_its_bounds_allow(bounds, steps, tmp_path):
+    """Two epochs of twenty rows in steps of four are ten steps, or what the bounds make of them."""
+    outcome, _ = stage(tmp_path, steps=None, epochs=2, **bounds)
+    assert outcome.steps == steps

@@ -55,6 +55,8 @@ def _own_loader(objective: Objective, settings: TrainSettings) -> dict[str, Any]
     """Length and batch for a trainer with a loader of its own; `auto` is the whole batch at once there."""
     if settings.tokens is not None:
         raise Unsupported(f"Objective '{objective.kind}' counts steps or epochs, not tokens.")
+    if settings.min_steps is not None or settings.max_steps is not None:
+        raise Unsupported(f"Objective '{objective.kind}' takes no min_steps or max_steps; give steps.")
     if settings.sharding == "full":
         raise Unsupported(f"Objective '{objective.kind}' can't be used with sharding 'full'.")
     micro = settings.batch // world() if settings.micro_batch == "auto" else int(settings.micro_batch)

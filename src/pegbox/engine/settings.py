@@ -115,6 +115,7 @@ class TrainSettings(BaseModel):
 
     Args:
         epochs, steps, tokens: how long; exactly one. Epochs may be fractions; tokens are input tokens without padding.
+        min_steps, max_steps: bounds on the optimizer steps that epochs or tokens come to.
         batch: rows per optimizer step over all processes and micro-batches; every step has exactly that many.
         micro_batch: rows per forward and process; "auto" takes the largest that fits, halving from `batch`.
         eval_batch: rows per evaluation forward; None: as in training.
@@ -141,6 +142,8 @@ class TrainSettings(BaseModel):
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Positive | None = None
     tokens: Positive | None = None
+    min_steps: Positive | None = None
+    max_steps: Positive | None = None
     batch: Positive = 8
     micro_batch: Positive | Literal["auto"] = "auto"
     eval_batch: Positive | None = None
@@ -186,6 +189,10 @@ class TrainSettings(BaseModel):
         given = [n for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None]
         if len(given) != 1:
             raise BadInput(f"Give exactly one of epochs, steps, tokens; got {', '.join(given) or 'none'}.")
+        if self.steps is not None and (self.min_steps is not None or self.max_steps is not None):
+            raise BadInput("min_steps and max_steps bound what epochs or tokens come to; with steps leave them out.")
+        if self.min_steps is not None and self.max_steps is not None and self.min_steps > self.max_steps:
+            raise BadInput(f"min_steps is {self.min_steps}, above max_steps, which is {self.max_steps}.")
         if self.eval_every is None and (self.early_stopping is not None or self.select == "best"):
             what = "early_stopping" if self.early_stopping is not None else "select: best"
             raise BadInput(f"{what} needs evaluations: give eval_every.")
@@ -197,6 +204,10 @@ class TrainSettings(BaseModel):
         if self.higher_is_better is not None:
             return self.higher_is_better
         return not self.metric.endswith(("loss", "perplexity", "nll"))
+
+    def bounded(self, steps: int) -> int:
+        """`steps` within min_steps and max_steps."""
+        return max(self.min_steps or 1, min(steps, self.max_steps or steps))
 
     def pinned(self) -> dict[str, Any]:
         """The settings that must be the same on resuming, as JSON (where and how it is shown may change)."""

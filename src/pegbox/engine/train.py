@@ -302,9 +302,10 @@ class _Stage:
             return settings.steps
         if settings.tokens is not None:
             exact = all(type(p).sampler is DataPolicy.sampler for p in self.policies)
-            return steps_for_tokens(stream, lengths, settings.batch, settings.tokens, exact)
+            return settings.bounded(steps_for_tokens(stream, lengths, settings.batch, settings.tokens, exact))
         assert settings.epochs is not None
-        return max(1, math.ceil(settings.epochs * len(self.train_set) / settings.batch - 1e-9))
+        steps = max(1, math.ceil(settings.epochs * len(self.train_set) / settings.batch - 1e-9))
+        return settings.bounded(steps)
 
     def _micro_batch(self, lengths: Sequence[int], newest: Path | None) -> int:
         """The rows per forward: given, remembered from before the resume, or tried out."""
