@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class Held:
 
     values: Mapping[str, Tensor]
     phase: Phase = "inner"
-    strength: float = field(default=0.0)
+    strength: float = 0.0
+    precision: float | None = None  # the largest of theta, once it has been asked for
 
 
 class PriorLayer:
@@ -58,7 +59,8 @@ class PriorLayer:
         raise NotImplementedError
 
     def stiffness(self) -> float:
-        """The largest curvature that the divergence has: 1 / the smallest variance of theta."""
+        """A bound on the curvature that the divergence has in the layer's tensors as they are now, at least 1 / the
+        smallest variance of theta."""
         raise NotImplementedError
 
     def implicit(self, grads: Mapping[str, Tensor], lr: Mapping[str, float | Tensor]) -> dict[str, Tensor]:

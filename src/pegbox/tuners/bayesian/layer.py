@@ -172,8 +172,13 @@ class GaussianLayer(nn.Module, BaseTunerLayer, PriorLayer):
     @torch.no_grad()
     def stiffness(self) -> float:
         assert self.prior is not None
-        variances = self._variances(self.prior.values)
-        return max(float((1 / v).max()) for v in variances)
+        if self.prior.precision is None:
+            self.prior.precision = max(float((1 / v).max()) for v in self._variances(self.prior.values))
+        if self._over_factors():
+            return 2 * self.prior.precision  # a spread has its own curvature beside the prior's
+        f, scale = self.gaussian(), self._scale(self._adapter())
+        bends = [n * (_square_norm(f[f"{k}_A"]) + _square_norm(f[f"{k}_B"])) for k, n in (("mean", 1), ("spread", 2))]
+        return self.prior.precision * max(1.0, scale**2 * max(bends))
 
     @torch.no_grad()
     def implicit(self, grads: Mapping[str, Tensor], lr: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
@@ -262,6 +267,12 @@ def _uniform(rows: int, columns: int) -> Tensor:
     value = torch.empty(rows, columns)
     nn.init.kaiming_uniform_(value, a=math.sqrt(5))
     return value
+
+
+def _square_norm(factor: Tensor) -> float:
+    """The square of a factor's largest singular value, from its small Gram matrix."""
+    small = factor if factor.shape[0] <= factor.shape[1] else factor.T
+    return float(torch.linalg.eigvalsh((small @ small.T).float())[-1])
 
 
 def _entries(values: Mapping[str, Tensor], factor: str, c: float) -> tuple[Tensor, Tensor]:
