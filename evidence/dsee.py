@@ -36,8 +36,8 @@ from pegbox.tuners import TUNER
 TOPICS, NOUNS, VERBS, LENGTH, MASK, CLS = 4, 6, 6, 9, 1, 0
 FIRST_NOUN, FIRST_VERB, FIRST_FILL = 2, 2 + 2 * TOPICS * NOUNS, 2 + 2 * TOPICS * NOUNS + 2 * VERBS
 WORDS = FIRST_FILL + 8
-RATES = (1e-3, 3e-3)
-EPOCHS, ROWS = 6, 512
+RATES = (3e-3, 1e-2)
+EPOCHS, ROWS = 10, 512
 
 
 def sentences(rows: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -71,14 +71,15 @@ class World:
         self.config = BertConfig(
             vocab_size=WORDS, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
             max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            initializer_range=0.12,
         )  # fmt: skip
         model = BertForMaskedLM(self.config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        for _ in range(600):
-            ids, labels = sentences(64, generator)
-            keep = (labels["agreement"] & labels["topic"]).bool()  # what is grammatical and coherent
-            ids = ids[keep]
-            hidden = torch.rand(ids.shape, generator=generator) < 0.25
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(1000):
+            ids, labels = sentences(256, generator)
+            ids = ids[(labels["agreement"] & labels["topic"]).bool()]  # what is grammatical and coherent
+            hidden = torch.rand(ids.shape, generator=generator) < 0.3
+            hidden[:, [0, 1, 3, 5, 7, 8]] = False
             targets = ids.masked_fill(~hidden, -100)
             model(input_ids=ids.masked_fill(hidden, MASK), labels=targets).loss.backward()
             optimizer.step()
