@@ -20,7 +20,7 @@ from pegbox.analyze.circuits.activations import last_logits
 from pegbox.analyze.circuits.circuit import Ablation
 from pegbox.analyze.circuits.cross import cross_logits
 from pegbox.analyze.circuits.masks import mask_loss, masked_logits
-from pegbox.analyze.circuits.path_patching import path_patching
+from pegbox.analyze.circuits.paths import path_patching
 
 ROOT = GOLDEN / "entity-tracking"
 NAMES = {0: "last", 2: "label", -1: "previous_label"}

@@ -8,7 +8,13 @@ from pegbox.testing import tiny_llama
 
 
 def llama(seed=0, dtype=torch.float64, **sizes):
-    sizes = {"num_hidden_layers": 3, "vocab_size": 60, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None} | sizes
+    sizes = {
+        "num_hidden_layers": 3,
+        "vocab_size": 60,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    } | sizes
     model = tiny_llama(seed, **sizes).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed + 100)
     with torch.no_grad():
@@ -28,7 +34,9 @@ def family(name):
     if name == "gpt2":
         model = t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **common))
     elif name == "neox":
-        config = t.GPTNeoXConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, **common)
+        config = t.GPTNeoXConfig(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, **common
+        )
         model = t.GPTNeoXForCausalLM(config)
     elif name == "qwen3":
         config = t.Qwen3Config(
@@ -46,7 +54,7 @@ def family(name):
         config = t.BloomConfig(hidden_size=32, n_layer=3, n_head=4, **common)
         model = t.BloomForCausalLM(config)
     with torch.no_grad():
-        for key, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim == 2:
                 p.mul_(6.0)
     return model.double().eval()
@@ -64,7 +72,7 @@ def prompts(rows=4, width=10, seed=0, lengths=None, answers=True, vocabulary=60)
 
 def naive_scores(view, clean, corrupt, receivers, composition, position, corrupt_position=None):
     """Path patching as it is written down: one sender and one run at a time, whole prompts through all blocks."""
-    from pegbox.analyze.circuits.path_patching import probabilities
+    from pegbox.analyze.circuits.paths import probabilities
 
     n = view.layers
     here, there = capture(view, clean), capture(view, corrupt)

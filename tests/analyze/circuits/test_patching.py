@@ -38,7 +38,7 @@ def test_its_own_clean_value_changes_nothing(view):
 
 @torch.no_grad()
 def test_all_heads_from_another_run():
-    """All heads of all blocks and tokens from another prompt, MLPs recomputed: an independent forward, block by block."""
+    """All heads of all blocks and tokens from another prompt, MLPs recomputed: an independent forward by blocks."""
     model = llama()
     view, ours, theirs = HeadView(model), prompts(seed=0), prompts(seed=1)
     donor = capture(view, theirs)
@@ -83,7 +83,9 @@ def test_a_padded_batch_is_its_rows(view):
     for i in range(4):
         row = given_.take(slice(i, i + 1))
         assert not row.padded
-        torch.testing.assert_close(last_logits(view, row, edits(row, torch.tensor([i])))[0], whole[i], rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            last_logits(view, row, edits(row, torch.tensor([i])))[0], whole[i], rtol=0, atol=2e-5
+        )
 
 
 def test_the_model_is_as_before(view):
@@ -142,7 +144,9 @@ def test_a_decoder_that_can_not_resume_is_run_whole():
     clean, corrupt = prompts(2), prompts(2, seed=1)
     assert not resumable(view, clean)
     found = path_patching(view, clean, corrupt, receivers=[(2, 1)], composition="q")
-    torch.testing.assert_close(found.scores, naive_scores(view, clean, corrupt, [(2, 1)], "q", "last"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.scores, naive_scores(view, clean, corrupt, [(2, 1)], "q", "last"), rtol=0, atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -220,9 +224,10 @@ def test_a_fused_projection_of_unknown_layout():
 def test_other_models_are_refused():
     import transformers as t
 
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    both = t.T5ForConditionalGeneration(t.T5Config(**sizes))
     with pytest.raises(Unsupported, match="encoder-decoder"):
-        sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
-        HeadView(t.T5ForConditionalGeneration(t.T5Config(**sizes)))
+        HeadView(both)
     with pytest.raises(Unsupported, match="no output head"):
         HeadView(llama().model)
 

@@ -17,18 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from pegbox.analyze.base import ANALYZE, Analysis, Subject
 from pegbox.analyze.circuits import drawing
 from pegbox.analyze.circuits.activations import accuracy
-from pegbox.analyze.circuits.attribution import attribution, rank_correlation
 from pegbox.analyze.circuits.circuit import Ablation, Circuit, head_means
 from pegbox.analyze.circuits.cross import MODES, cross_accuracy, gap_closed
+from pegbox.analyze.circuits.cutting import knockout
 from pegbox.analyze.circuits.desiderata import DESIDERATA, desideratum
 from pegbox.analyze.circuits.discover import BOX_CASCADE, cascade, check_sizes
+from pegbox.analyze.circuits.estimate import attribution, rank_correlation
 from pegbox.analyze.circuits.heads import HeadView, check_alike
 from pegbox.analyze.circuits.judging import completeness, minimality, random_circuits
-from pegbox.analyze.circuits.knockout import knockout
 from pegbox.analyze.circuits.masks import head_parts, learn_mask, patched_accuracy
 from pegbox.analyze.circuits.material import Material, box_material, row_material
 from pegbox.analyze.circuits.prompts import LAST, Prompts
-from pegbox.analyze.circuits.prune import prune
+from pegbox.analyze.circuits.pruning import prune
 from pegbox.errors import BadInput, did_you_mean
 from pegbox.parts.boxes import BoxTask
 from pegbox.parts.context import seed_of

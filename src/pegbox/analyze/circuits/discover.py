@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pegbox.analyze.circuits.circuit import Circuit
 from pegbox.analyze.circuits.heads import Head, HeadView
-from pegbox.analyze.circuits.path_patching import path_patching
+from pegbox.analyze.circuits.paths import path_patching
 from pegbox.analyze.circuits.prompts import LAST, Prompts
 from pegbox.errors import BadInput, did_you_mean
 

@@ -166,7 +166,7 @@ class Resumed(Passes):
         seen: list[Tensor] = [torch.empty(0)] * len(watch)
 
         def edit_at(edit: Edit) -> Edit:
-            return lambda x: edit(x.unflatten(1, (variants, count))).flatten(1, 2).to(x.dtype)
+            return lambda x: edit(x.unflatten(1, (variants, count))).flatten(1, 2).to(x.dtype).contiguous()
 
         def look(i: int) -> Edit:
             def act(x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class First:
 
 
 def _held(values: Tensor) -> Edit:
-    return lambda x: values.to(x.dtype).expand_as(x)
+    return lambda x: values.to(x.dtype).expand_as(x).contiguous()
 
 
 @contextmanager

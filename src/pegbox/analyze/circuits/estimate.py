@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pegbox.analyze.circuits.activations import Edit, capture, last_logits, taken, written
 from pegbox.analyze.circuits.heads import Head, HeadView, Site
-from pegbox.analyze.circuits.path_patching import check_paths, probabilities
+from pegbox.analyze.circuits.paths import check_paths, probabilities
 from pegbox.analyze.circuits.prompts import LAST, Prompts
 from pegbox.errors import BadInput
 
