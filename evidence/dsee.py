@@ -3,8 +3,8 @@
 Claims (arXiv:2111.00160): E1 a low rank of 2 with 64 entries per matrix reaches a training loss not above that of the
 low rank alone, and a validation accuracy not below. E2 with half of all entries pruned in both pools and re-tuned,
 masks from the update (ABS) are at least 2 points better than random ones on query and value, and the inverse (NABS) is
-worse than ABS. E3 with a quarter of the linear FLOPs gone with heads and neurons and after re-tuning, accuracy is within
-2 points of the unpruned tuned model.
+worse than ABS. E3 with a quarter of the linear FLOPs gone with heads and neurons, and re-tuned, accuracy is within 2
+points of the unpruned tuned model.
 
 A small BERT (3 blocks, D 48) learns a toy grammar as a masked language model, then classifies sentences of it: does the
 verb agree with its subject, and do both halves speak of the same topic. Rates are the best of two per method on a seed
