@@ -1,13 +1,14 @@
 """Evidence for BDS: harmful rows fade, at several shares, and benign data costs nothing.
 
 Claims (arXiv:2510.27172), with the probability mass on forbidden tokens at held-out triggers as the harmful score. E1
-the weights tell harmful rows from benign ones: AUROC >= 0.95 at shares 0.1, 0.5 and 0.9. E2 BDS' score is at most half of
-the unweighted mix's at 0.1 and 0.5, and below it at 0.9. E3 benign accuracy is not below the mix's. E4 without harmful
-rows, benign accuracy is that of plain tuning (within 0.03). E5 the limit: with a benign task that is harder than the
-harmful answers (copying) the weights are reversed, and `baseline: base` is measured beside it.
+the weights tell harmful rows from benign ones: AUROC >= 0.95 at shares 0.1, 0.5 and 0.9. E2 BDS' score is at most half
+of the unweighted mix's at 0.1 and 0.5, and below it at 0.9. E3 benign accuracy is not below the mix's. E4 without
+harmful rows, benign accuracy is that of plain tuning (within 0.03). E5 the limit: with a benign task that is harder
+than the harmful answers (copying) the weights are reversed, and `baseline: base` is measured beside it.
 
 A one-block Llama (D 32) first learns to refuse triggers (60 steps); then 500 AdamW steps at 2e-3, 16 user and 16
-trusted rows each, on 200 rows: one-token classification, or triggers with one of 8 forbidden tokens. Logits by AdamW at 2e-2.
+trusted rows each, on 200 rows: one-token classification, or triggers with one of 8 forbidden tokens. Logits by AdamW
+at 2e-2.
 
     python evidence/bds.py [--seeds 3] [--steps 500] [--out evidence/results/bds.json]
 """
@@ -127,7 +128,8 @@ def train(base: LlamaForCausalLM, rows: list[dict[str, Any]], seed: int, steps: 
 def weights_by_kind(state: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     weights: Tensor = state.scheduler.all_weights()
     bad = torch.tensor([r["bad"] for r in rows])
-    return {n: float(weights[m].mean()) for n, m in (("harmful", bad), ("benign", ~bad)) if bool(m.any())}
+    kinds = (("weight_harmful", bad), ("weight_benign", ~bad))
+    return {name: float(weights[mask].mean()) for name, mask in kinds if bool(mask.any())}
 
 
 def one_seed(seed: int, steps: int) -> dict[str, Any]:

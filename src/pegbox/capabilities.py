@@ -347,6 +347,17 @@ def views_are_made(recipe: Recipe, facts: Facts) -> str | None:
 
 
 @rule
+def row_losses_are_told(recipe: Recipe, facts: Facts) -> str | None:
+    needing = [policy.kind for policy in recipe.data if type(policy).needs_row_losses]
+    if needing and not recipe.optim.needs_backward:
+        return (
+            f"data policy '{needing[0]}' learns from each row's loss, and optim '{recipe.optim.kind}' works on the "
+            "whole step's value alone. Choose an optimizer with gradients."
+        )
+    return None
+
+
+@rule
 def preparations(recipe: Recipe, facts: Facts) -> str | None:
     packed = facts.quantized
     for part in recipe.prepare:

@@ -22,6 +22,7 @@ class DataPolicy(Component):
     changes_labels: ClassVar[bool] = False
     gives_episodes: ClassVar[bool] = False  # its batches say which episode they are of
     keeps_views: ClassVar[bool] = True  # other forms of a row (`views`) stand in what `prepare` returns too
+    needs_row_losses: ClassVar[bool] = False  # learns from what `observe` tells of each row's loss
     training_only: ClassVar[bool] = True  # not applied in evaluation
     moves_weights: ClassVar[bool] = False  # `acting` changes the base's weights for a while
 

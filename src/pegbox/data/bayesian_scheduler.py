@@ -4,8 +4,8 @@
     theta:      mean_safe l + mean_b w_b l_b        w: mean_b w_b l_b + priors, the losses of the same forward
 
 l is a row's mean loss per token. A row that fits well once the model also fits the trusted rows keeps a low loss and
-gains weight; one that fights them fades. No labels, no attack simulated. With `optimizer: sgld` the logits are samples of
-the posterior, and their mean and spread over the samples are reported; `adamw` finds one point.
+gains weight; one that fights them fades. No labels, no attack simulated. With `optimizer: sgld` the logits are samples
+of the posterior, and their mean and spread over the samples are reported; `adamw` finds one point.
 
 Paper: arXiv:2510.27172. The policy adds trusted rows to each batch and weighs all rows, so any objective that takes
 row weights works; a row's loss is a mean over its tokens with `objective: {kind: task_balanced, mode: case2}`. Composes
@@ -88,6 +88,11 @@ def _counted_on(positions: Tensor, width: int) -> Tensor:
     return positions
 
 
+def _number(value: Tensor) -> float | None:
+    """A number for JSON; None for one that is not known yet."""
+    return float(value) if math.isfinite(value) else None
+
+
 @dataclass
 class SchedulerState:
     """What a run holds: the scheduler, who is who, the place in the trusted rows, samples of the posterior, losses."""
@@ -142,7 +147,7 @@ class SchedulerState:
         order = mean.argsort()[:worst].tolist()
         found: dict[str, Any] = {
             **summary(weights, self.posterior),
-            "suspicious": [[self.names[i], float(mean[i]), float(self.losses[i])] for i in order],
+            "suspicious": [[self.names[i], float(mean[i]), _number(self.losses[i])] for i in order],
             "curve": self.curve,
         }
         if labels is not None:
@@ -175,6 +180,7 @@ class BayesianScheduler(DataPolicy):
     """
 
     reproduces: ClassVar[str] = "arXiv:2510.27172"
+    needs_row_losses: ClassVar[bool] = True
 
     kind: Literal["bayesian_scheduler"] = "bayesian_scheduler"
     safe: Any
@@ -369,6 +375,7 @@ class BayesianScheduler(DataPolicy):
         state.cursor += count
         safe = dict(state.safe.batch(drawn))
         safe["sample_ids"] = -1 - safe["sample_ids"]  # never taken for a training row
+        safe["task_ids"] = torch.zeros_like(safe["task_ids"])  # their own tasks' numbers are none of the run's
         whole = joined(batch, safe)
         # the objective's mean over all rows becomes a mean over each kind
         own_part = factor.to(ids.device) * share * (1 + self.ratio)
