@@ -5,6 +5,8 @@ Cells cover every pair of choices on any two axes (a pairwise design), so that n
 """
 
 import itertools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,18 @@ from pegbox.recipe import load_recipe
 from pegbox.run import build_spec, execute
 from pegbox.runner import check_spec, facts_of
 from pegbox.testing import tiny_batch, tiny_llama, tiny_tokenizer
+
+
+def part_of_its_own():
+    """A file with a sparse difference over the tiny model's embedding."""
+    from pegbox.parts.deltas import Delta, Piece, save
+
+    path = Path(tempfile.mkdtemp()) / "part.safetensors"
+    shape = tuple(tiny_llama().get_input_embeddings().weight.shape)
+    index = torch.arange(0, 900, 9, dtype=torch.int32)
+    save(Delta({"model.embed_tokens.weight": Piece(shape, torch.full((100,), 0.1), index)}), path)
+    return str(path)
+
 
 AXES = {
     "tuner": {
@@ -77,6 +91,7 @@ AXES = {
         "corrupted": [{"kind": "corruption", "rate": 0.3, "form": "existing", "token": 3}],
         "weighed": [{"kind": "bayesian_scheduler", "safe": {"path": "network", "split": "validation", "limit": 4}}],
         "mixed": [{"kind": "mixture"}, {"kind": "layout", "mode": "pack", "seq_length": 900}],
+        "sources": [{"kind": "multi_source", "parts": {"subnet": part_of_its_own()}}],
         "again": [{"kind": "views", "templates": {"again": "{answer} {answer}"}}],
     },
     "prepare": {
@@ -90,6 +105,7 @@ AXES = {
         "nothing": [],
         "tuco": [{"kind": "tuco"}],
         "path": [{"kind": "path", "grid": [0, 0.5, 1]}],
+        "interference": [{"kind": "interference", "others": {"part": part_of_its_own()}, "measure": False}],
     },
 }
 
@@ -100,6 +116,12 @@ REFUSED = {
     ("objective=views", "data=mixed"): "no data policy makes",
     ("objective=views", "data=weighed"): "no data policy makes",
     ("prepare=nf4", "analyze=path"): "are quantized",
+    ("prepare=nf4", "analyze=interference"): "are quantized",
+    ("prepare=corda", "data=sources"): "rewrites it first",
+    ("prepare=nf4", "data=sources"): "rewrites it first",
+    ("prepare=permute", "data=sources"): "rewrites it first",
+    ("prepare=prune", "data=sources"): "rewrites it first",
+    ("tuner=full", "objective=pull", "data=sources"): "would see the differences",
     ("tuner=lora", "select=random"): "takes no selection",
     ("tuner=lora", "select=principal"): "takes no selection",
     ("tuner=lora", "select=half"): "takes no selection",

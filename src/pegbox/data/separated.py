@@ -111,7 +111,7 @@ def collate_separated(
                     f"Sample {i}: max_length {max_length} leaves no token of the target behind {len(part.prompt)} of "
                     "the input. Raise it, or shorten the input."
                 )
-            lines.append(([*[*part.prompt, *target][:max_length - 1], eos_id], len(part.prompt)))
+            lines.append(([*[*part.prompt, *target][: max_length - 1], eos_id], len(part.prompt)))
         out[name] = _padded(lines, fill, loss_on, eos_as_pad)
     return out
 
