@@ -15,16 +15,13 @@ performance; nothing is chosen on the seeds that are reported.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import platform
 import statistics
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from record import arguments, verdict, write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,12 +161,7 @@ def verdicts(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hft.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
+    args = arguments("hft", __doc__, seeds=5)
     chosen = rates(1000)
     runs = {}
     for seed in range(args.seeds):
@@ -177,7 +169,6 @@ def main() -> None:
         print(seed, json.dumps(runs[str(seed)]), flush=True)
     checks = verdicts(runs)
     record = {
-        "slug": "hft",
         "claim": "A balanced random half per task forgets less than full tuning and learns as much.",
         "baseline": "full fine-tuning, same batches and steps, rate chosen the same way",
         "method": "half, category level, a new draw per task",
@@ -185,13 +176,9 @@ def main() -> None:
         "rates": chosen,
         "results": runs,
         "checks": checks,
-        "verdict": "holds" if all(check["holds"] for check in checks.values()) else "does not hold",
-        "seconds": round(time.perf_counter() - began, 1),
-        "machine": {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "verdict": verdict(checks),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(checks, indent=1), record["verdict"], record["seconds"], "s")
+    write(args.out, "hft", record)
 
 
 if __name__ == "__main__":

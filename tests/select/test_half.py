@@ -163,3 +163,27 @@ def test_gradients_of_the_updated_half_are_full_tunings(llama):
     Full().attach(half, allocation, Context(half))
     half(input_ids=IDS, labels=IDS).loss.backward()
     assert all(torch.equal(half.get_parameter(n).grad, full[n]) for n in allocation)
+
+
+def test_products_of_frozen_matrices_do_not_happen():
+    """Backward's counted operations: the input gradients of everything and the weight gradients of what trains."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def backward(options):
+        model = tiny_llama(attn_implementation="eager")
+        allocation = None if options is None else select(model, **options)
+        Full().attach(model, allocation, Context(model))
+        loss = model(input_ids=IDS, labels=IDS).loss
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return counter.get_total_flops(), model
+
+    full, _ = backward(None)
+    half, model = backward({"seed": 0})
+    frozen = [p for n, p in model.named_parameters() if not p.requires_grad and p.ndim == 2]
+    weight_gradients = sum(2 * p.numel() * IDS.numel() for p in frozen)
+    first = model.model.layers[0].self_attn
+    assert frozen
+    assert full - half == weight_gradients
+    assert all(p.grad is None for p in frozen)
+    assert first.q_proj.weight.requires_grad != (first.q_proj.weight.grad is None)
