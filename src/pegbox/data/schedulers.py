@@ -146,6 +146,9 @@ class NeuralScheduler(nn.Module):
             known logit; "batch": over the batch times its size, as the released code.
     """
 
+    known: Tensor
+    level: Tensor
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -249,7 +252,7 @@ class NeuralScheduler(nn.Module):
             return super().state_dict(*args, **kwargs)
         return {"network": dict(super().state_dict()), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         super().load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
 

@@ -51,7 +51,7 @@ class Langevin(torch.optim.Optimizer):
         super().__init__(params, options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One move of every parameter that has a gradient."""
         loss = None
         if closure is not None:
