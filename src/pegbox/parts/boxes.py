@@ -159,9 +159,11 @@ class WordedBoxes:
         """The word's token behind another word (or alone), if it is one."""
         if before:
             lead, both = self._encoded(before), self._encoded(f"{before} {word}")
-            return both[-1] if both[:-1] == lead else None
-        alone = self._encoded(word)
-        return alone[0] if len(alone) == 1 else None
+            found = both[len(lead) :] if both[: len(lead)] == lead else []
+        else:
+            found = self._encoded(word)
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        return found[0] if len(found) == 1 and found[0] != unknown else None
 
     def _encoded(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
