@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pegbox.data.base import DataPolicy
 from pegbox.errors import Unsupported
 from pegbox.recipe import Recipe
 
@@ -337,12 +338,17 @@ def views_are_made(recipe: Recipe, facts: Facts) -> str | None:
             "of each row, which no data policy makes. Add data: [{kind: views, templates: {NAME: TEXT}}], or leave the "
             "view out of the objective."
         )
-    losing = [policy.kind for policy in recipe.data if not type(policy).keeps_views]
-    if recipe.objective.view_names and losing:
-        return (
-            f"data policy '{losing[0]}' lays rows out anew and loses their views, which objective "
-            f"'{recipe.objective.kind}' reads. Leave it out (rows.packing packs views too)."
-        )
+    if not recipe.objective.view_names:
+        return None
+    for policy in recipe.data:
+        kind = type(policy)
+        acts = kind.on_batch is not DataPolicy.on_batch and not kind.acts_on_views
+        if acts or not kind.keeps_views:
+            how = "lays rows out anew and loses their views" if not kind.keeps_views else "acts on rows, not on views"
+            return (
+                f"data policy '{policy.kind}' {how}, and objective '{recipe.objective.kind}' reads views. Leave one of "
+                "them out (rows.packing packs views too)."
+            )
     return None
 
 

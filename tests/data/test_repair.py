@@ -359,6 +359,24 @@ def test_ends_are_no_labels_where_padding_is_known_by_its_id(tokenizer, llama):
         policy.setup(Context(llama))
 
 
+def test_corruption_reaches_every_view(llama, tokenizer):
+    """A policy that acts on tokens acts on each view, with draws of its own."""
+    from types import SimpleNamespace
+
+    from pegbox.engine.seams import Seams
+
+    batch = PaddingCollator(258)(list(viewed(tokenizer, rows("train", 3))))
+    schedule = {"kind": "constant"}
+    policy = DATA.validate({"kind": "corruption", "rate": 0.5, "form": "existing", "token": 3, "schedule": schedule})
+    ctx = Context(llama, tokenizer=tokenizer, total_steps=10)
+    trainer = SimpleNamespace(policies=[policy], states={"data.0": policy.setup(ctx)}, ctx=ctx)
+    found = Seams.through_policies(trainer, batch)
+    for before, after in ((batch, found), (batch["views"]["explain"], found["views"]["explain"])):
+        hit = before["input_ids"] != after["input_ids"]
+        assert 0.3 < float(hit.sum() / (before["labels"] >= 0).sum()) < 0.7
+        assert not hit[before["labels"] < 0].any()
+
+
 def test_views_of_other_rows_are_refused(tokenizer):
     one, two = rows("train", 2)
     with pytest.raises(BadInput, match="that the training set has not"):

@@ -249,3 +249,9 @@ def test_views_that_nobody_makes_are_refused():
     recipe = load_recipe({"tuner": {"kind": "full"}, "objective": {"kind": "multi_view"}, "data": packed_rows})
     with pytest.raises(Unsupported, match="loses their views"):
         check(recipe)
+    weighed = [{"kind": "views"}, {"kind": "bayesian_scheduler", "safe": "network"}]
+    recipe = load_recipe({"tuner": {"kind": "full"}, "objective": {"kind": "multi_view"}, "data": weighed})
+    with pytest.raises(Unsupported, match="not on views"):
+        check(recipe)
+    corrupted = [{"kind": "views"}, {"kind": "corruption", "form": "existing"}]
+    check(load_recipe({"tuner": {"kind": "full"}, "objective": {"kind": "multi_view"}, "data": corrupted}))

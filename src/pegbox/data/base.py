@@ -23,6 +23,7 @@ class DataPolicy(Component):
     gives_episodes: ClassVar[bool] = False  # its batches say which episode they are of
     keeps_views: ClassVar[bool] = True  # other forms of a row (`views`) stand in what `prepare` returns too
     needs_row_losses: ClassVar[bool] = False  # learns from what `observe` tells of each row's loss
+    acts_on_views: ClassVar[bool] = False  # `on_batch` may be called on each view's batch too, in any order
     training_only: ClassVar[bool] = True  # not applied in evaluation
     moves_weights: ClassVar[bool] = False  # `acting` changes the base's weights for a while
 
@@ -46,7 +47,7 @@ class DataPolicy(Component):
 
     def views(self, rows: Sequence[Any], names: Sequence[str]) -> Mapping[str, Sequence[Any]]:
         """Those of the forms `names` that it makes: rows with their ids and other messages. They are encoded alike,
-        and stand under `views` in the rows' examples and batches. Raises `BadInput` for a row without what is needed."""
+        and stand under `views` in examples and batches. Raises `BadInput` for a row without what is needed."""
         return {}
 
     def prepare(self, dataset: Sequence[dict[str, Any]], ctx: Context) -> Sequence[dict[str, Any]]:

@@ -227,7 +227,7 @@ class Seams(TrainerLike):
             if training or not policy.training_only:
                 state, views = self.states[f"data.{i}"], batch.get("views")
                 batch = policy.on_batch(state, batch, self.ctx)
-                if views:
+                if views and type(policy).acts_on_views:
                     batch = {**batch, "views": {n: policy.on_batch(state, v, self.ctx) for n, v in views.items()}}
         return batch
 

@@ -109,6 +109,7 @@ class Corruption(DataPolicy):
     """
 
     reproduces: ClassVar[str] = "arXiv:2403.02178"
+    acts_on_views: ClassVar[bool] = True
 
     kind: Literal["corruption"] = "corruption"
     rate: Annotated[float, Field(ge=0, lt=1)] = 0.2

@@ -53,6 +53,7 @@ class ViewsPolicy(DataPolicy):
     """
 
     reproduces: ClassVar[str] = "arXiv:2404.12636"
+    acts_on_views: ClassVar[bool] = True
     training_only: ClassVar[bool] = False  # labels are the same in evaluation
 
     kind: Literal["views"] = "views"
@@ -125,7 +126,7 @@ class ViewsPolicy(DataPolicy):
         if not row.messages or row.messages[-1]["role"] != "assistant":
             raise BadInput(f"{row.source or row.id}: a {row.kind} row ends in no answer, so it has no views.")
         answer = str(row.messages[-1].get("content") or "")
-        asked = next((m for m in reversed(row.messages[:-1]) if m["role"] == "user"), {})
+        asked: Mapping[str, Any] = next((m for m in reversed(row.messages[:-1]) if m["role"] == "user"), {})
         columns = {**row.meta, "answer": answer, "prompt": asked.get("content", "")}
         reason = str(columns.get("rationale") or row.messages[-1].get("reasoning_content") or "")
         columns["rationale"] = reason if usable(reason, answer, longest=self.longest) else ""

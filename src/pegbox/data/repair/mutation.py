@@ -17,6 +17,7 @@ import ast
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pegbox.errors import BadInput
 
@@ -33,7 +34,7 @@ class Mutant:
     rationale: str
 
 
-_SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
+_SWAPPED: dict[type[ast.AST], type[Any]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
     ast.Gt: ast.GtE,
@@ -101,10 +102,10 @@ def _off_by_one(node: ast.AST) -> bool:
 
 def _wrong_operator(node: ast.AST) -> bool:
     if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPPED:
-        node.ops[0] = _SWAPPED[type(node.ops[0])]()  # type: ignore[assignment]
+        node.ops[0] = _SWAPPED[type(node.ops[0])]()
         return True
     if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in _SWAPPED:
-        node.op = _SWAPPED[type(node.op)]()  # type: ignore[assignment]
+        node.op = _SWAPPED[type(node.op)]()
         return True
     return False
 
