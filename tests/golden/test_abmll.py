@@ -1,4 +1,4 @@
-"""ABMLL against hand-derived vectors: divergence, prior, gradients, output moments, calibration, a conjugate posterior."""
+"""ABMLL against hand-derived vectors: divergence, prior, output moments, calibration, a conjugate posterior."""
 
 from __future__ import annotations
 

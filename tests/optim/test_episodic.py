@@ -188,14 +188,18 @@ def test_swapped_reaches_tied_weights():
 # ---- outer gradients
 
 
+def learnt(problem, i):
+    """phi after two steps on micro-batch i."""
+    losses = [lambda: dict(problem.apart(i, [i]))["tokens"]]
+    return adapt(problem.model, problem.params, losses, Inner(steps=2, lr=0.2))
+
+
 def test_first_order_maml_is_the_querys_gradient_at_phi():
     model = model_with(LORA)
     _, grads = estimate(model, inner={"steps": 2, "lr": 0.2})
     problem, wanted = problem_of(model), {}
     for support, query in ((0, 1), (2, 3)):
-        phi = adapt(
-            model, problem.params, [lambda: dict(problem.apart(support, [support]))["tokens"]], Inner(steps=2, lr=0.2)
-        )
+        phi = learnt(problem, support)
         with swapped(model, phi):
             found = torch.autograd.grad(dict(problem.apart(query, [query]))["tokens"], list(phi.values()))
         for name, grad in zip(phi, found):
@@ -208,14 +212,10 @@ def test_reptile_is_the_difference():
     model = model_with(LORA)
     log, grads = estimate(model, data_grad="difference", inner={"steps": 2, "lr": 0.2})
     problem = problem_of(model)
-    ends = [
-        adapt(model, problem.params, [lambda: dict(problem.apart(i, [i]))["tokens"]], Inner(steps=2, lr=0.2))
-        for i in (0, 2)
-    ]
+    ends = [learnt(problem, i) for i in (0, 2)]
     for name, p in problem.params.items():
-        torch.testing.assert_close(
-            grads[name], (p - (ends[0][name] + ends[1][name]) / 2).detach(), atol=1e-6, rtol=1e-5
-        )
+        wanted = (p - (ends[0][name] + ends[1][name]) / 2).detach()
+        torch.testing.assert_close(grads[name], wanted, atol=1e-6, rtol=1e-5)
     assert log.readings["episode/tokens"] > 0
 
 
