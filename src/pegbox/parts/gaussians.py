@@ -93,7 +93,7 @@ def by_rows(function: Callable[..., Tensor], rows: int, width: int, *tensors: Te
     total: Tensor | None = None
     for start in range(0, rows, step):
         part = checkpoint(function, start, min(rows, start + step), *tensors, use_reentrant=False)
-        total = part if total is None else total + part  # type: ignore[assignment]
+        total = part if total is None else total + part
     assert total is not None
     return total
 

@@ -123,7 +123,7 @@ def export_mean(model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lora = LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,
         target_modules=sorted(layers),
         task_type=config.task_type,
         fan_in_fan_out=any(layer.transposed for layer in layers.values()),

@@ -260,7 +260,7 @@ class GaussianLayer(nn.Module, BaseTunerLayer, PriorLayer):
             raise Unsupported(
                 f"'{self.module_name}' is packed, so nothing can be merged into it; load the base in fp32 or bf16."
             )
-        return weight  # type: ignore[no-any-return]
+        return weight
 
 
 def _uniform(rows: int, columns: int) -> Tensor:
