@@ -194,6 +194,10 @@ class TestSparseAbsolute(battery(TunerBattery, {"kind": "sparse", "coordinates":
     pass
 
 
+class TestBayesianLora(battery(TunerBattery, {"kind": "bayesian_lora", "r": 4})):
+    pass
+
+
 class TestSlices(battery(TunerBattery, {"kind": "slices"}, allocation=units())):
     pass
 
