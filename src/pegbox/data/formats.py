@@ -337,7 +337,7 @@ FORMATS: dict[str, Format] = {
                 "declaration": "def f(x):\n",
                 "buggy_solution": "    return 0",
                 "canonical_solution": "    return x",
-                "test": "",
+                "test": "assert f(1) == 1",
             },
             kept=("declaration", "prompt", "instruction", "entry_point", "language", "rationale"),
         ),
