@@ -7,10 +7,10 @@ model's activations at the circuit's heads, moved into the base, close at least 
 
 A two-block Llama (4 heads, D 64) learns compact boxes ("label object" n times, ".", then queries): 2 boxes until 98 %,
 4 boxes until it answers 7 boxes in 60 % of cases (the base), then 150 steps on 7 boxes (tuned). All heads at the query
-and at the queried object are pruned backwards with everything else at its mean. Two thirds of the steps are the
-curriculum's; from scratch 4 boxes stay at chance for thousands of steps.
+and at the queried object are pruned backwards with everything else at its mean. What is found
+on one set of prompts is measured on another. From scratch 4 boxes stay at chance for thousands of steps.
 
-    python evidence/entity_tracking.py [--seeds 5] [--out evidence/results/entity-tracking.json]
+    python evidence/entity_tracking.py [--seeds 5] [--out evidence/results/entity_tracking.json]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import warnings
 from typing import Any
 
 import torch
@@ -26,12 +27,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pegbox.analyze.circuits import (
-    Ablation, Circuit, HeadView, Prompts, accuracy, cross_accuracy, gap_closed, head_means, prune, random_circuits,
+    Ablation,
+    Circuit,
+    HeadView,
+    Prompts,
+    accuracy,
+    cross_accuracy,
+    gap_closed,
+    head_means,
+    prune,
+    random_circuits,
 )  # fmt: skip
 from pegbox.parts.pairs import ModelPair
 
 LABELS, OBJECTS, STOP = 8, 24, 32
 POSITIONS = ["last", "object"]
+FIRST = 2  # seeds 0 and 1 were used to choose how many prompts the pruning needs
 LIMIT = 4000  # steps of one part of the curriculum, at most
 
 
@@ -115,7 +126,7 @@ def curriculum(seed: int) -> tuple[nn.Module, nn.Module, dict[str, int]]:
     return base, model, steps
 
 
-def measured(model: nn.Module, rows: int = 210) -> Ablation:
+def measured(model: nn.Module, rows: int = 980) -> Ablation:
     view = HeadView(model)
     means = head_means(view, questions(490, 7, 8), batch=490)
     return Ablation(view, questions(rows, 7, 7), means, batch=rows, tokens=65536)
@@ -178,9 +189,10 @@ def checks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments("entity-tracking", __doc__, 5)
+    args = arguments("entity_tracking", __doc__, 5)
+    warnings.filterwarnings("ignore", message="The embeddings of base and tuned model differ")
     runs = {}
-    for seed in range(args.seeds):
+    for seed in range(FIRST, FIRST + args.seeds):
         runs[str(seed)] = one_seed(seed)
         print(seed, json.dumps(runs[str(seed)]), flush=True)
     checks = checks_of(list(runs.values()))
@@ -192,6 +204,8 @@ def main() -> None:
             "baseline": "random circuits of the same sizes; the base model",
             "method": "backward pruning under mean ablation, the circuit followed into the tuned model, and its "
             "activations moved into the base; found and measured on different prompts",
+            "chosen": "on seeds 0 and 1, which are not reported: 980 prompts to prune on, since 210 let the greedy order "
+            "overfit them (0.69 of the base's accuracy on fresh prompts against 0.80, and 0.82 against 1.02)",
             "seeds": list(runs),
             "results": runs,
             "checks": checks,

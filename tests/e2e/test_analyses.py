@@ -32,7 +32,15 @@ def analyzed(recipe, run, out, *more):
     return json.loads(done.output[done.output.index("{") :])
 
 
-@pytest.mark.parametrize(("recipe", "more"), [("tuco", []), ("clip-sharpness", QUICK)])
+BOXES = {"boxes": 3, "form": "compact", "objects": list("abcdefghijk"), "labels": list("ABCDEFGH")}
+FEW = {"samples": 4, "evaluation": 6, "means": 6, "minimal_samples": 4, "draws": 2, "halves": 2}
+CIRCUITS = [f"analyze.0.{k}={json.dumps(v)}" for k, v in ({"find": "prune", "task": BOXES, **FEW}).items()]
+CIRCUITS += ["analyze.0.masks.samples=8", "analyze.0.masks.epochs=1"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("tuco", []), ("clip-sharpness", QUICK), ("entity-tracking", CIRCUITS)]
+)
 def test_a_run_is_analysed_with_its_own_rows(recipe, more, tuned, tmp_path):
     """Base and rows come from the run; numbers and pictures are in the report."""
     found = analyzed(recipe, tuned, tmp_path / "out", *more)

@@ -25,7 +25,8 @@ def words(objects=OBJECTS, labels=LABELS, lacking=()):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    others = "The the is in not contained contains Box there Some things were put away Nothing was moved since".split()
+    others = "The the is in not contained contains Box there Some things were put away Nothing was moved since"
+    others = tuple(others.split())
     spaced = [f"Ġ{w}" for w in (*objects, *labels, *others) if w not in lacking]
     pieces = [*spaced, *(w for w in (*objects, *others)), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += [f"{w[0].upper()}{w[1:]}" for w in objects]
@@ -103,7 +104,7 @@ def test_corrupted_questions(tokenizer):
 @pytest.mark.parametrize("name", DESIDERATA)
 @pytest.mark.parametrize("boxes", [3, 7])
 def test_targets_tell_quantities_apart(name, boxes, tokenizer):
-    """Targets differ from the base's own answer in every row, and positional, object and label targets from each other."""
+    """Targets differ from the base's own answer in every row; positional, object and label targets from each other."""
     worded = BoxTask(boxes=boxes).worded(tokenizer)
     for base, source, target in pairs(worded, name, 60, 0):
         assert target != base.answer
@@ -164,7 +165,7 @@ def test_words_of_several_tokens(tokenizer):
     assert worded.objects == ("apple", "bell", "coin")
     with pytest.raises(BadInput, match="0 of 111 objects are one token each"):
         BoxTask().worded(tiny_tokenizer())
-    with pytest.raises(BadInput, match="2 of 3 objects.*3 boxes need 4"):
+    with pytest.raises(BadInput, match=r"2 of 3 objects.*3 boxes need 4"):
         BoxTask(objects=["apple", "bell", "zeppelin"], boxes=3).worded(tokenizer)
     with pytest.raises(BadInput, match="labels are one token"):
         BoxTask(labels=["A", "B"], boxes=2).worded(tokenizer)
@@ -201,7 +202,7 @@ def test_desiderata_that_can_not_be_drawn(tokenizer):
 # ---- tasks of one's own
 
 ITEMS = [
-    Marked("the apple is in [[box:Box]] the [[thing:bell]] is in", "the coin is in [[box:Box]] the [[thing:fish]] is in", " Box"),
+    Marked("apple is in [[box:Box]] the [[thing:bell]] is", "coin is in [[box:Box]] the [[thing:fish]] is", " in"),
     Marked("the [[thing:coin]] is [[box:in]] the", "the [[thing:bell]] is [[box:in]] the", " fish"),
 ]  # fmt: skip
 
@@ -213,7 +214,7 @@ def test_marked_texts(tokenizer):
         for i, word in enumerate(texts):
             token = int(prompts_.ids[i, prompts_.at("thing")[i]])
             assert tokenizer.convert_ids_to_tokens(token) == f"Ġ{word}"
-    assert tokenizer.convert_ids_to_tokens(clean.right().tolist()) == ["ĠBox", "Ġfish"]
+    assert tokenizer.convert_ids_to_tokens(clean.right().tolist()) == ["Ġin", "Ġfish"]
     view = HeadView(llama(vocab_size=len(tokenizer)))
     assert path_patching(view, clean, corrupt).scores.shape == (3, 4)
 

@@ -8,8 +8,22 @@ import torch
 from analyze.circuits.casts import family, llama, prompts, same, snapshot
 from parts.pair_models import adapted
 from pegbox.analyze.circuits import (
-    Head, HeadView, Part, Patch, Triples, accuracy, capture, cross_accuracy, cross_logits, gap_closed, head_parts,
-    knockout, learn_mask, lora_rank_sites, mlp_sites, patched_accuracy,
+    Head,
+    HeadView,
+    Part,
+    Patch,
+    Triples,
+    accuracy,
+    capture,
+    cross_accuracy,
+    cross_logits,
+    gap_closed,
+    head_parts,
+    knockout,
+    learn_mask,
+    lora_rank_sites,
+    mlp_sites,
+    patched_accuracy,
 )  # fmt: skip
 from pegbox.analyze.circuits.activations import last_logits, taken
 from pegbox.analyze.circuits.cutting import knocked_logits
@@ -40,7 +54,7 @@ def tuned_of(base, scale=0.1):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("resume", [True, False])
 def test_the_mask_is_the_mix(name, resume):
-    """Logits and the mask's gradient equal autograd through the explicit mix on whole prompts, and finite differences."""
+    """Logits and the mask's gradient equal autograd through the explicit mix, and finite differences."""
     view, both = HeadView(family(name)), triples()
     parts = head_parts(view, MEMBERS)
     mask = torch.tensor([0.3, 0.9, 0.0, 0.6], dtype=torch.float64, requires_grad=True)
@@ -245,8 +259,7 @@ def test_models_of_other_shapes():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_what_is_cut_off_is_not_seen(name):
-    """In the last block alone, cutting (last, mid) makes that head of attention blind to mid; from no block on it is the
-    model; cut from the first block, a one-block model's logits do not depend on the token."""
+    """Cut from no block on it is the model; cut in the last block alone or in all, the logits move."""
     view, given = HeadView(family(name)), prompts()
     last, mid = given.at("last"), given.at("mid")
     plain = last_logits(view, given)

@@ -139,7 +139,7 @@ class Circuits(Analysis):
             if self.find == "cascade":
                 check_sizes(base, BOX_CASCADE, self.sizes)
             whole = accuracy(base, _on(material.evaluation, base), batch=self.batch)
-        finding = Finding(kind=self.kind, title="The task's circuit, before and after tuning", notes=[_NOTE])
+        finding = Finding(kind=self.kind, title="Circuit of the task, before and after tuning", notes=[_NOTE])
         finding.numbers["base_accuracy"] = whole
         finding.numbers["tuned_accuracy"] = accuracy(tuned, _on(material.evaluation, tuned), batch=self.batch)
         self._base(finding, subject, pair, material)
