@@ -352,6 +352,16 @@ class TestStragglers(battery(AnalysisBattery, {"kind": "sharpness", "steps": 2, 
     pass
 
 
+BOXES = {"boxes": 3, "form": "compact", "objects": list("abcdefghijk"), "labels": list("ABCDEFGH")}
+FEW = {"samples": 4, "evaluation": 6, "means": 6, "minimal_samples": 4, "draws": 2, "halves": 2}
+MASKS = {"desiderata": ["positional"], "samples": 8, "epochs": 1}
+CIRCUITS = {"kind": "circuits", "find": "prune", "task": BOXES, **FEW, "masks": MASKS}
+
+
+class TestCircuits(battery(AnalysisBattery, CIRCUITS)):
+    pass
+
+
 class TestInterpolate(battery(WeightOpBattery, {"kind": "interpolate", "amount": 0.5})):
     pass
 
