@@ -3,8 +3,8 @@
     python benchmarks/morepair.py [--layers 6] [--tokens 256] [--rows 2] [--repeats 5]
 
 A random Llama of SmolLM2-135M's blocks with LoRA on every linear layer. Both views have the same length, so two
-forwards and backwards are the least there is. Targets: a step <= 2.1 x plain; peak of saved bytes, sequential, <= 1.05 x plain;
-noise <= 1 % of a step; the merged model has the base's parameters and FLOPs.
+forwards and backwards are the least there is. Targets: a step <= 2.1 x plain; peak of saved bytes, sequential, <= 1.05
+x plain; noise <= 1 % of a step; the merged model has the base's parameters and FLOPs.
 """
 
 from __future__ import annotations

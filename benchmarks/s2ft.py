@@ -1,7 +1,7 @@
 """What S2FT costs: a step beside full fine-tuning and LoRA of equal count, memory, serving ten adapters, switching.
 
 SmolLM2-135M's shape with random weights, d = 0.03 (1 382 columns of the MLPs' down matrices). LoRA has the same
-matrices at the nearest lower rank; one over all linear layers is measured beside it. Variants take turns in one process;
+matrices at the nearest lower rank; one over all linear layers is measured beside it. Variants take turns;
 ratios are the result. Memory counts parameters, gradients, optimizer state and the peak of what autograd saves.
 
     python benchmarks/s2ft.py [--layers 30] [--vocabulary 49152] [--tokens 512] [--repeats 5] [--serving-repeats 30]

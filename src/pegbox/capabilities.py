@@ -231,7 +231,7 @@ def episodes_are_given(recipe: Recipe, facts: Facts) -> str | None:
     given = type(recipe.protocol).gives_episodes or any(type(policy).gives_episodes for policy in recipe.data)
     if type(recipe.optim).needs_episodes and not given:
         return (
-            f"optim '{recipe.optim.kind}' learns from episodes, and nothing makes any. Use protocol: {{kind: meta}}, or "
+            f"optim '{recipe.optim.kind}' learns from episodes; nothing makes any. Use protocol: {{kind: meta}}, or "
             "the data policy 'episodes'."
         )
     return None
@@ -242,7 +242,7 @@ def parameters_can_be_exchanged(recipe: Recipe, facts: Facts) -> str | None:
     held = type(recipe.tuner).takes & {"entries", "units"}
     if type(recipe.optim).exchanges_parameters and held:
         return (
-            f"optim '{recipe.optim.kind}' puts other tensors in the parameters' places, and tuner '{recipe.tuner.kind}' "
+            f"optim '{recipe.optim.kind}' puts other tensors in parameters' places, and tuner '{recipe.tuner.kind}' "
             f"writes what it trains into the base ({', '.join(sorted(held))}). Use a low-rank adapter, or full."
         )
     if recipe.optim.second_order and _quantized(recipe, facts):

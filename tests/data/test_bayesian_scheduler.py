@@ -379,7 +379,7 @@ def test_sets_that_can_not_be(tmp_path):
     save_file({"logits": torch.zeros(8)}, tmp_path / "scheduler.safetensors", {"scheduler": "neural"})
     with pytest.raises(BadInput, match="not a scalar one"):
         policy(initial=str(tmp_path)).setup(ctx)
-    with pytest.raises(BadInput, match="models: {scheduler"):
+    with pytest.raises(BadInput, match=r"models: \{scheduler"):
         policy(scheduler="neural").setup(ctx)
 
 

@@ -26,7 +26,9 @@ def tuned(request, base, tmp_path_factory):
 
 def analyzed(recipe, run, out, *more):
     done = CliRunner().invoke(
-        app, ["analyze", recipe, *more, "--limit", "4", "--tuned", str(run.path), "--out", str(out), "--json"], catch_exceptions=False
+        app,
+        ["analyze", recipe, *more, "--limit", "4", "--tuned", str(run.path), "--out", str(out), "--json"],
+        catch_exceptions=False,
     )
     assert done.exit_code == 0, done.output
     return json.loads(done.output[done.output.index("{") :])
@@ -38,9 +40,7 @@ CIRCUITS = [f"analyze.0.{k}={json.dumps(v)}" for k, v in ({"find": "prune", "tas
 CIRCUITS += ["analyze.0.masks.samples=8", "analyze.0.masks.epochs=1"]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "more"), [("tuco", []), ("clip-sharpness", QUICK), ("entity-tracking", CIRCUITS)]
-)
+@pytest.mark.parametrize(("recipe", "more"), [("tuco", []), ("clip-sharpness", QUICK), ("entity-tracking", CIRCUITS)])
 def test_a_run_is_analysed_with_its_own_rows(recipe, more, tuned, tmp_path):
     """Base and rows come from the run; numbers and pictures are in the report."""
     found = analyzed(recipe, tuned, tmp_path / "out", *more)

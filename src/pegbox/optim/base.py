@@ -31,7 +31,7 @@ class Problem(Protocol):
         """The objective's named losses on micro-batch i, with graph."""
 
     def apart(self, i: int, among: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-        """The objective's named losses on micro-batch i as if `among` were the whole step, with graph; randomness goes on."""
+        """The objective's named losses on micro-batch i as if `among` were the whole step, with their graph."""
 
     def value(self) -> float:
         """The step's loss over all micro-batches and ranks, no graph. Raises `RunFailed` if not finite."""

@@ -102,7 +102,7 @@ def apply(delta: Delta, tensors: Mapping[str, Tensor], *, strict: bool = True, a
         _check_place(name, delta[name], tensors)
         if not again and any(known() is delta[name] for known in _ADDED.get(tensors[name], ())):
             raise BadInput(
-                f"This difference stands on '{name}' already, and would count twice. Revert it first, or say again=True."
+                f"This difference stands on '{name}' already; it would count twice. Revert it first, or say again=True."
             )
     steps: list[tuple[Tensor, Tensor | None, Tensor]] = []
     for name in names:

@@ -12,7 +12,9 @@ __all__ = ["SIDE_KEYS", "Batch", "ModelView"]
 Batch = Mapping[str, Any]
 
 # Keys of a batch that are for pegbox, not for the model; a view leaves them out of the forward.
-SIDE_KEYS = frozenset({"sample_ids", "sample_weight", "task_ids", "labels", "corrupted_ids", "sequence_ids", "episode", "views"})
+SIDE_KEYS = frozenset(
+    {"sample_ids", "sample_weight", "task_ids", "labels", "corrupted_ids", "sequence_ids", "episode", "views"}
+)
 
 
 @runtime_checkable

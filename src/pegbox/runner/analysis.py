@@ -90,7 +90,7 @@ class LiveSubject:
         return self._tuned
 
     def base(self) -> Opened:
-        """What tuning began from: the bare base, under the preparations that leave it whole (channels in a new order)."""
+        """What tuning began from: the bare base, under preparations that leave it whole (channels in a new order)."""
         if self._base is None:
             bare = open_base(self.spec, self.spec.recipe, self.source, labels=self._labels, prepared=False)
             self._base = bare._replace(model=self._prepared(bare.model))

@@ -17,7 +17,7 @@ import ast
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pegbox.errors import BadInput
 
@@ -102,7 +102,7 @@ def _off_by_one(node: ast.AST) -> bool:
 
 def _wrong_operator(node: ast.AST) -> bool:
     if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPPED:
-        node.ops[0] = _SWAPPED[type(node.ops[0])]()
+        node.ops[0] = cast(ast.cmpop, _SWAPPED[type(node.ops[0])]())
         return True
     if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in _SWAPPED:
         node.op = _SWAPPED[type(node.op)]()

@@ -178,7 +178,7 @@ class HeldEntries(nn.Module, BaseTunerLayer):
         return self._of(tensor, "values")[adapter]
 
     def scaled_values(self, tensor: str, adapter: str) -> Tensor:
-        """What is added to the pretrained entries: the trained values, times the adapter's scale (a new tensor then)."""
+        """What is added to the pretrained entries: trained values, times the adapter's scale (a new tensor then)."""
         values, scale = self.sparse_values(tensor, adapter), self._scales.get(adapter, 1.0)
         return values if scale == 1.0 else values * scale
 
