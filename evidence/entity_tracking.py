@@ -16,6 +16,7 @@ on one set of prompts is measured on another. From scratch 4 boxes stay at chanc
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import statistics
 import warnings
@@ -43,7 +44,7 @@ from pegbox.parts.pairs import ModelPair
 LABELS, OBJECTS, STOP = 8, 24, 32
 POSITIONS = ["last", "object"]
 FIRST = 2  # seeds 0 and 1 were used to choose how many prompts the pruning needs
-LIMIT = 4000  # steps of one part of the curriculum, at most
+LIMITS = {"two": 2000, "four": 400}  # steps; where seven boxes are reached at all, some 30 on four do it
 
 
 def context(rows: int, boxes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -106,21 +107,21 @@ def train(
     return optimizer
 
 
-def curriculum(seed: int) -> tuple[nn.Module, nn.Module, dict[str, int]]:
-    """(base, tuned, steps of each part). Raises where a part is not learnt within its limit."""
+def curriculum(seed: int) -> tuple[nn.Module, nn.Module, dict[str, int]] | None:
+    """(base, tuned, steps of each part); None where a part is not learnt within its limit."""
     model, generator = small_llama(seed), torch.Generator().manual_seed(1000 + seed)
     view, steps, optimizer = HeadView(model), {"two": 0, "four": 0, "seven": 150}, None
     while accuracy(view, questions(128, 2, 5)) < 0.98:
         optimizer = train(model, 2, 25, 2e-3, generator, optimizer)
         steps["two"] += 25
-        if steps["two"] > LIMIT:
-            raise RuntimeError(f"seed {seed}: two boxes were not learnt in {LIMIT} steps")
+        if steps["two"] >= LIMITS["two"]:
+            return None
     test = questions(210, 7, 6)
     while accuracy(view, test, batch=210) < 0.60:
         optimizer = train(model, 4, 5, 1e-3, generator, optimizer)
         steps["four"] += 5
-        if steps["four"] > LIMIT:
-            raise RuntimeError(f"seed {seed}: seven boxes were not reached in {LIMIT} steps on four")
+        if steps["four"] >= LIMITS["four"]:
+            return None
     base = copy.deepcopy(model)
     train(model, 7, steps["seven"], 1e-3, generator)
     return base, model, steps
@@ -132,8 +133,11 @@ def measured(model: nn.Module, rows: int = 980) -> Ablation:
     return Ablation(view, questions(rows, 7, 7), means, batch=rows, tokens=65536)
 
 
-def one_seed(seed: int) -> dict[str, Any]:
-    base, tuned, steps = curriculum(seed)
+def one_seed(seed: int) -> dict[str, Any] | None:
+    trained = curriculum(seed)
+    if trained is None:
+        return None
+    base, tuned, steps = trained
     ours, theirs = measured(base), measured(tuned)
     whole = Circuit.whole(ours.view, POSITIONS)
     circuit, own = (prune(a, whole, stop=0.85).circuit for a in (ours, theirs))
@@ -191,10 +195,17 @@ def checks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     args = arguments("entity_tracking", __doc__, 5)
     warnings.filterwarnings("ignore", message="The embeddings of base and tuned model differ")
-    runs = {}
-    for seed in range(FIRST, FIRST + args.seeds):
-        runs[str(seed)] = one_seed(seed)
-        print(seed, json.dumps(runs[str(seed)]), flush=True)
+    runs: dict[str, dict[str, Any]] = {}
+    without: list[str] = []  # seeds whose curriculum gives no base
+    for seed in itertools.count(FIRST):
+        if len(runs) == args.seeds or len(without) > 2 * args.seeds:
+            break
+        found = one_seed(seed)
+        print(seed, json.dumps(found), flush=True)
+        if found is None:
+            without.append(str(seed))
+        else:
+            runs[str(seed)] = found
     checks = checks_of(list(runs.values()))
     write(
         args.out,
@@ -204,9 +215,10 @@ def main() -> None:
             "baseline": "random circuits of the same sizes; the base model",
             "method": "backward pruning under mean ablation, the circuit followed into the tuned model, and its "
             "activations moved into the base; found and measured on different prompts",
-            "chosen": "on seeds 0 and 1, which are not reported: 980 prompts to prune on, since 210 let the greedy order "
-            "overfit them (0.69 of the base's accuracy on fresh prompts against 0.80, and 0.82 against 1.02)",
+            "chosen": "on seeds 0 and 1, which are not reported: 980 prompts to prune on, since 210 let the greedy "
+            "order overfit them (0.69 of the base's accuracy on fresh prompts against 0.80, and 0.82 against 1.02)",
             "seeds": list(runs),
+            "seeds_without_a_base": without,
             "results": runs,
             "checks": checks,
             "verdict": verdict(checks),

@@ -8,6 +8,7 @@ from pegbox.parts.files import write_json
 from pegbox.parts.findings import Finding, Grid, Picture, Series
 from pegbox.parts.results import Metrics
 from pegbox.report import Comparison, write_report
+from pegbox.report.findings import shown
 from pegbox.report.folders import report_of
 from pegbox.report.page import page
 
@@ -74,3 +75,23 @@ def test_tables_and_series_must_fit():
         Series(xs=[1, 2], ys=[1])
     with pytest.raises(BadInput, match="a row of 1 under 2"):
         Grid(title="t", columns=["a", "b"], rows=[[1]])
+
+
+def test_heat_maps_are_cells():
+    """A cell for each value, one colour below zero and one above, its strength beside the strongest; NaN is faint."""
+    from pegbox.report.heat import heat_chart
+
+    series = Series(xs=[0, 1, 0, 1], ys=[0, 0, 1, 1], values=[-2.0, 1.0, float("nan"), 0.0])
+    picture = Picture(key="h", title="<T>", x_label="head", y_label="block", series=[series], form="heat")
+    svg = heat_chart(picture)
+    assert svg.count("<rect") == 4
+    assert svg.count('class="f0"') == 1
+    assert 'fill-opacity="1.0"' in svg
+    assert 'fill-opacity="0.53"' in svg
+    assert "not known" in svg
+    assert "&lt;T&gt;" in svg
+    assert "strongest 2" in svg
+    finding = Finding(kind="x", title="t", pictures=[picture])
+    assert "<rect" in shown(finding)["pictures"][0][1]
+    with pytest.raises(BadInput, match="1 values for 2 cells"):
+        Series(xs=[0, 1], ys=[0, 1], values=[1.0])

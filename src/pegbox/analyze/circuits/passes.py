@@ -71,12 +71,18 @@ class Passes:
         self.view, self.prompts, self.tokens, self.held = view, prompts, tokens, held
 
     def run(
-        self, variants: int, edits: Edits | Sequence[tuple[Site, Edit]], start: int = 0, watch: Sequence[Site] = ()
+        self,
+        variants: int,
+        edits: Edits | Sequence[tuple[Site, Edit]],
+        start: int = 0,
+        watch: Sequence[Site] = (),
+        logits: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         """((B, S, V) logits, per watched site (B, S, P, W) as it was computed).
 
         Args:
             start: the first block in which anything differs.
+            logits: False where only what is watched counts; then the logits are those of one variant at most.
         """
         raise NotImplementedError
 
@@ -94,7 +100,12 @@ class Whole(Passes):
     """The prompts repeated, every block and token."""
 
     def run(
-        self, variants: int, edits: Edits | Sequence[tuple[Site, Edit]], start: int = 0, watch: Sequence[Site] = ()
+        self,
+        variants: int,
+        edits: Edits | Sequence[tuple[Site, Edit]],
+        start: int = 0,
+        watch: Sequence[Site] = (),
+        logits: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         rows = torch.arange(len(self.prompts), device=self.prompts.ids.device).repeat_interleave(variants)
         repeated = self.prompts.take(rows) if variants > 1 else self.prompts
@@ -136,8 +147,8 @@ class Whole(Passes):
         self.forwards += 1
         holding = [(self.view.site("o", layer), hold(layer)) for layer in (self.held or {})]
         acting = [(site, edit_at(edit)) for site, edit in self._pairs(edits)]
-        logits = last_logits(self.view, repeated, [*holding, *acting, *((s, look(i)) for i, s in enumerate(watch))])
-        return logits.unflatten(0, (-1, variants)), seen
+        out = last_logits(self.view, repeated, [*holding, *acting, *((s, look(i)) for i, s in enumerate(watch))])
+        return out.unflatten(0, (-1, variants)), seen
 
     def room(self, tokens: int) -> int:
         return max(1, tokens // (len(self.prompts) * self.prompts.width))
@@ -160,7 +171,12 @@ class Resumed(Passes):
         self.keys = keys
 
     def run(
-        self, variants: int, edits: Edits | Sequence[tuple[Site, Edit]], start: int = 0, watch: Sequence[Site] = ()
+        self,
+        variants: int,
+        edits: Edits | Sequence[tuple[Site, Edit]],
+        start: int = 0,
+        watch: Sequence[Site] = (),
+        logits: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         count = self.tokens.count
         seen: list[Tensor] = [torch.empty(0)] * len(watch)
@@ -183,10 +199,10 @@ class Resumed(Passes):
         with (
             evaluating(self.view.model),
             _beginning(self.view.blocks, start, stream, self.first.packed),
-            edited([*acting, (head, lambda x: x[:, count - 1 :: count])]),
+            edited([*acting, (head, lambda x: x[:, count - 1 :: count] if logits else x[:, -1:])]),
         ):
-            logits: Tensor = self.view.model(**self._inputs(variants, stream.dtype)).logits
-        return logits, seen
+            out: Tensor = self.view.model(**self._inputs(variants, stream.dtype)).logits
+        return out, seen
 
     def room(self, tokens: int) -> int:
         return max(1, min(tokens // (len(self.prompts) * self.tokens.count), QUERIES // self.tokens.count))

@@ -51,7 +51,8 @@ def top_heads(scores: Tensor, k: int) -> list[Head]:
 def probabilities(logits: Tensor, answers: Tensor) -> Tensor:
     """(B, ...) probability of each row's answer from logits (B, ..., V), float64."""
     index = answers.view(-1, *[1] * (logits.ndim - 1)).expand(*logits.shape[:-1], 1)
-    return logits.double().softmax(-1).gather(-1, index)[..., 0]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (logits.gather(-1, index)[..., 0] - logits.logsumexp(-1)).double().exp()
 
 
 def path_patching(
@@ -182,7 +183,8 @@ class _Batch:
         """(B, S) the answers' probability for each sender of one block."""
         above = [r for r in self.receivers if r.layer > layer]
         sites = {r.layer: self.view.site(self.composition, r.layer) for r in above}
-        logits, seen = self.alone.run(len(heads), self._frozen(layer, heads), layer, list(sites.values()))
+        frozen = self._frozen(layer, heads)
+        logits, seen = self.alone.run(len(heads), frozen, layer, list(sites.values()), logits=not above)
         if not above:
             return probabilities(logits, self.answers)
         recorded = dict(zip(sites, seen))
