@@ -6,9 +6,9 @@ better than the whole base, by 0.15. E3 at least 0.7 of the tuned model's own ci
 model's activations at the circuit's heads, moved into the base, close at least 0.7 of the gap.
 
 A two-block Llama (4 heads, D 64) learns compact boxes ("label object" n times, ".", then queries): 2 boxes until 98 %,
-4 boxes until it answers 7 boxes in 60 % of cases (the base), then 150 steps on 7 boxes (tuned). All heads at the query
-and at the queried object are pruned backwards with everything else at its mean. What is found
-on one set of prompts is measured on another. From scratch 4 boxes stay at chance for thousands of steps.
+4 boxes until it answers 7 boxes in 60 % of cases (the base), then 150 steps on 7 boxes (tuned). All heads at the
+query, at the queried object and at the token behind it are pruned backwards with everything else at its mean. What is
+found on one set of prompts is measured on another. From scratch 4 boxes stay at chance for thousands of steps.
 
     python evidence/entity_tracking.py [--seeds 5] [--out evidence/results/entity_tracking.json]
 """
@@ -42,8 +42,8 @@ from pegbox.analyze.circuits import (
 from pegbox.parts.pairs import ModelPair
 
 LABELS, OBJECTS, STOP = 8, 24, 32
-POSITIONS = ["last", "object"]
-FIRST = 2  # seeds 0 and 1 were used to choose how many prompts the pruning needs
+POSITIONS = ["last", "object", "next"]  # "next": the token behind the object, where some bases pass it on
+FIRST = 5  # seeds 0 to 4 were used to choose the positions and how many prompts the pruning needs
 LIMITS = {"two": 2000, "four": 400}  # steps; where seven boxes are reached at all, some 30 on four do it
 
 
@@ -75,7 +75,9 @@ def questions(rows: int, boxes: int, seed: int) -> Prompts:
     query = labels.gather(1, asked[:, None])
     ids = torch.cat([pairs, torch.full((rows, 1), STOP), query], 1)
     answers = objects.gather(1, asked[:, None])[:, 0]
-    return Prompts(ids, torch.ones_like(ids, dtype=torch.bool), {"object": 2 * asked + 1}, answers)
+    return Prompts(
+        ids, torch.ones_like(ids, dtype=torch.bool), {"object": 2 * asked + 1, "next": 2 * asked + 2}, answers
+    )
 
 
 def small_llama(seed: int) -> LlamaForCausalLM:
@@ -152,6 +154,7 @@ def one_seed(seed: int) -> dict[str, Any] | None:
         "steps": steps,
         "base": before,
         "tuned": after,
+        "unpruned_in_base": held["base"].circuits([whole])[0].accuracy,
         "pairs": len(circuit),
         "circuit_in_base": inside["base"],
         "random": statistics.mean(drawn),
@@ -215,8 +218,9 @@ def main() -> None:
             "baseline": "random circuits of the same sizes; the base model",
             "method": "backward pruning under mean ablation, the circuit followed into the tuned model, and its "
             "activations moved into the base; found and measured on different prompts",
-            "chosen": "on seeds 0 and 1, which are not reported: 980 prompts to prune on, since 210 let the greedy "
-            "order overfit them (0.69 of the base's accuracy on fresh prompts against 0.80, and 0.82 against 1.02)",
+            "chosen": "on seeds 0 to 4, which are not reported (2 and 3 gave no base): 980 prompts to prune on, since "
+            "210 let the greedy order overfit them; the token behind the object as a third position, since without it "
+            "even all heads kept 0.62 of a base's accuracy on seed 4",
             "seeds": list(runs),
             "seeds_without_a_base": without,
             "results": runs,
