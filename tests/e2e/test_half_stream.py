@@ -91,5 +91,7 @@ def test_the_soft_form_holds_the_half_of_each_round(stream, base, rows, tmp_path
         free = [n for n in split if "proj" in n]
         ratios = [sum(pulled[n] for n in names) / sum(plain[n] for n in names) for names in (held, free)]
         assert 0 < ratios[0] < 0.9, ratios  # three steps, the first of them at the start
-        assert ratios[1] > 0.95, ratios
+        assert ratios[0] < ratios[1], ratios
+        if name == "t1":  # later rounds of the two runs begin from different weights
+            assert ratios[1] > 0.95, ratios
         assert all(pulled[n] > 0 for n in held)

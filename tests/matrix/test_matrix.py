@@ -184,6 +184,7 @@ REFUSED = {
     ("tuner=ia3", "select=smallest"): "takes no selection",
     ("tuner=full", "select=smallest"): "moves slots",
     ("tuner=bypass", "select=smallest"): "norms",
+    ("tuner=low rank + sparse", "select=smallest"): "norms",
     ("optim=mezo", "select=smallest"): "move",
     ("prepare=corda", "select=smallest"): "take",
     ("tuner=ia3", "select=regrow"): "takes no selection",
